@@ -1,0 +1,1855 @@
+"""Noisy Student Training (Xie, Luong, Hovy, Le, 2020, arXiv 1911.04252), readable from top to bottom.
+
+Algorithm 1                                                                           here
+1. train a teacher on the labelled images, with noise                                 train(model, data, config)
+2. let the un-noised teacher label the clean unlabelled images, filter and balance    pseudo_label, filter_and_balance
+3. train an equal-or-larger student on both, with noise                               train(model, data, config, pseudo)
+4. make the student the teacher and go back to 2                                      noisy_student(config)
+
+The noise is RandAugment (randaugment.py) on the images, dropout and stochastic depth (efficientnet.py) in the network.
+Shapes: N or B images in a batch, U unlabelled images in a batch, M unlabelled images in all, C channels, H, W pixels,
+K classes. Images are uint8 (N,3,H,W) tensors that live on the device; a batch is `images[rows]`.
+
+Rooms: configuration - Algorithm 1 (section 3) - training (3.1, appendix A.1) - pseudo labels (3, appendix A.1) -
+fix-resolution fine-tune (3.1) - robustness (4.3, appendix) - data - checkpoints - command line.
+Deviations from the paper are marked `ours:` where they happen and are listed in the README.
+"""
+import argparse
+import contextlib
+import copy
+import functools
+import hashlib
+import http.client
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import struct
+import sys
+import tarfile
+import threading
+import time
+import typing
+import urllib.request
+import warnings
+import zlib
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+import efficientnet
+from efficientnet import FAMILY, BatchNorm, EfficientNet, fold_batchnorm
+from randaugment import RandAugment, cutout, random_crop, random_flip
+
+
+class UserError(Exception):
+    """What the user can mend, in one line: what was found, what was expected, what to do. Exit status 2."""
+
+
+# ---- Configuration ---------------------------------------------------------------------------------------------------
+def option(default, source, **more):
+    """A field of Config. `source` says what it is and where the paper or the official code states it: it is the
+    field's comment, its --help text and its line in --dry-run."""
+    return field(default=default, metadata={"source": source, **more})
+
+
+@dataclass
+class Config:
+    """One run; the defaults are the demo on digits. Every field is a flag: --steps N, --balance / --no-balance, ..."""
+    # What runs
+    preset: str = option("demo", "demo: sized for a laptop; paper: the official recipe", choices=("demo", "paper"))
+    dataset: str = option("digits", "digits (generated), cifar10, svhn, or a folder of .npy files")
+    models: tuple[str, ...] = option(("nano", "micro", "tiny"), "teacher and students [v1: b7 b7 l0 l1 l2]")
+    allow_smaller: bool = option(False, "allow students smaller than their teacher (distillation) [section 3]")
+    seed: int = option(0, "everything random follows from it")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    out: str | None = option(None, "output folder (none: runs/DATASET, or the first free one of runs/DATASET-2, ...)")
+    data_dir: str = option("data", "where cifar-10-batches-py/ and the SVHN .mat files lie or are downloaded to")
+    # Data
+    labels: int | None = option(60, "labelled images, balanced over the classes (all: every training image)")
+    dev: int = option(1000, "training images held out to choose hyperparameters with [official code, SVHN: 4,000]")
+    test: int | None = option(2000, "at most so many test images (all: every one)")
+    unlabeled: int | None = option(8000, "at most so many unlabelled images (all: every one)")
+    unlabeled_fraction: float = option(1.0, "share of the unlabelled images to use [v1: amount of data]")
+    unlabeled_dataset: str | None = option(None, "another data set as the pool of unlabelled images (out of domain)")
+    extra: bool = option(False, "SVHN: the 531,131 extra images join the unlabelled pool [official code]")
+    # Training
+    batch: int = option(32, "labelled images per step, B [section 3.1: 2048; SVHN: 128]")
+    ratio: int = option(2, "unlabelled images per labelled one, r [v4: 14, 28 for L2; v1: 3 or 1; SVHN: 5]")
+    steps: int = option(1000, "steps of each student and of the supervised control [SVHN: 109,474]")
+    teacher_steps: int | None = option(None, "steps of the teacher (none: as --steps)")
+    learning_rate: float = option(0.256, "peak, per 256 labelled images [section 3.1: 0.128 at 2048]")
+    epochs: float = option(350.0, "what the schedule counts the steps as [section 3.1: 350, small 700; SVHN: 202.33]")
+    warmup_epochs: float = option(5.0, "epochs of linear warm-up [official code: 5]")
+    decay_epochs: float = option(2.4, "epochs between falls by 3% of the rate [section 3.1: 2.4 of 350]")
+    weight_decay: float = option(1e-5, "L2 term on everything but batch-norm [official code: 1e-5; SVHN: 1e-4]")
+    ema: float = option(0.99, "decay of the average of the weights, which is what labels [official code: 0.9999]")
+    bn_momentum: float = option(0.1, "share of the newest batch in the batch-norm averages [official code: 0.01]")
+    label_smoothing: float = option(0.1, "not on soft pseudo labels [official code: 0.1]")
+    loss: str = option("average", "sum: L + U [Algorithm 1]; average: (L + rU)/(1 + r) [section 3.1]; ratio: L + rU "
+                                  "[official code]", choices=("sum", "average", "ratio"))
+    joint: bool = option(True, "both kinds of images in every batch; off: pretrain, then fine-tune [v4, study]")
+    warm_start: bool = option(False, "start a student from the weights of its teacher [v4, study]")
+    # Noise
+    augment: bool = option(True, "RandAugment and Cutout on the training images [section 3.1]")
+    num_ops: int = option(2, "RandAugment operations per image, N [section 3.1: 2]")
+    magnitude: float = option(5.0, "RandAugment magnitude, M [section 3.1: 27; official code: B2 6 ... B6 24; SVHN 5]")
+    translate_const: float = option(4.0, "pixels of translation at magnitude 10 [official code: 100; 32x32: 4]")
+    cutout_const: float = option(4.0, "half the side of its Cutout at magnitude 10 [official code: 40; 32x32: 4]")
+    cutout: int = option(4, "half the side of a further Cutout, 0: none [official code, SVHN: 8]")
+    crop: int = option(2, "reflect-pad by so many pixels and crop at random, 0: none [official code, SVHN: 4]")
+    dropout: float | None = option(None, "drop rate at the end (none: the network's own) [section 3.1: 0.5]")
+    survival: float = option(0.8, "survival probability at the last block, stochastic depth [section 3.1: 0.8]")
+    unlabeled_augment: bool = option(True, "augment the unlabelled images too [table 6: student without augmentation]")
+    unlabeled_model_noise: bool = option(True, "dropout and stochastic depth on the unlabelled images too [table 6]")
+    noisy_teacher: bool = option(False, "label with the noise on [table 6]")
+    # Pseudo labels
+    hard: bool = option(False, "hard (one-hot) pseudo labels instead of soft ones [section 3; v1: soft against hard]")
+    temperature: float = option(1.0, "soft label = softmax(logits / T) [official code: 1]")
+    threshold: float = option(0.3, "keep images of at least this confidence, 0: all [section 3.1: 0.3]")
+    interval: tuple[float, float] | None = option(None, "keep confidences in [LOW, HIGH) [v1: soft, hard]")
+    balance: bool = option(True, "as many images of every class, by choice and duplication [section 3.1]")
+    per_class: int | None = option(None, "images per class (none: the mean kept) [section 3.1: 130K; SVHN: 53,113]")
+    # Afterwards
+    fix_resolution: int | None = option(None, "fine-tune 1.5 epochs at this larger size [section 3.1]")
+    robustness: bool | None = option(None, "corruptions, perturbations, attacks (none: if cheap) [section 4.3]")
+    robustness_images: int = option(256, "test images that these are measured on")
+    cifar10_c: str | None = option(None, "folder of the CIFAR-10-C .npy files, to use in place of our corruptions")
+    plot: bool = option(False, "draw OUT/noisy_student.png (needs matplotlib)")
+    # Machine
+    amp: bool = option(True, "bfloat16 autocast on a GPU")
+    compile: bool = option(False, "torch.compile the network (for long runs on a GPU)")
+    memory: float = option(8.0, "GiB: larger sets of images stay off the GPU and are gathered batch by batch")
+    # Actions
+    resume: bool = option(False, "go on with the interrupted run in --out", action=True)
+    dry_run: bool = option(False, "print the configuration with its sources and an estimate of the time", action=True)
+    benchmark: bool = option(False, "print images/s of augmentation, labelling and a student step", action=True)
+    evaluate: str | None = option(None, "measure a saved network, OUT/NAME.pt, again", action=True)
+
+
+# The official run [code]. decay_epochs takes the rate per 256 images from 0.016 to 0.0002 in 202.33 - 5 epochs.
+SVHN_RECIPE = dict(
+    learning_rate=0.016,
+    labels=None, dev=4000, test=None, unlabeled=None, extra=True, models=("b0", "b0"), batch=128, ratio=5, steps=109474,
+    epochs=109474 * 128 / 69257, decay_epochs=1.3716, weight_decay=1e-4, ema=0.9999, bn_momentum=0.01, loss="ratio",
+    magnitude=5.0, cutout=8, crop=4, threshold=0.0, balance=False)
+PRESETS = {  # what differs from the defaults. ours: demo, chosen on dev
+    "demo": {"digits": {},
+             "cifar10": dict(labels=4000, dev=2000, test=None, unlabeled=None, steps=4000),
+             "svhn": dict(labels=1000, dev=4000, test=None, unlabeled=None),
+             "folder": dict(labels=250, test=None, unlabeled=None)},
+    "paper": {"svhn": SVHN_RECIPE,
+              "cifar10": SVHN_RECIPE | dict(labels=4000, dev=5000, extra=False),  # ours: CIFAR-10 has no extra set
+              "digits": SVHN_RECIPE | dict(labels=69257, test=26032, unlabeled=531131, extra=False)}}  # SVHN's sizes
+
+
+def complete(config):
+    """A copy of config with its open choices made. UserError for a value outside its range or a chain that shrinks."""
+    def need(holds, name, expected):
+        if not holds:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}: expected {expected}")
+    for names, low, high, expected in (
+            (("batch", "steps", "ratio", "dev", "robustness_images"), 1, math.inf, "at least 1"),
+            (("teacher_steps", "per_class", "unlabeled", "test", "fix_resolution"), 1, math.inf, "at least 1"),
+            (("weight_decay", "warmup_epochs", "magnitude", "num_ops", "cutout", "crop"), 0, math.inf, "0 or more"),
+            (("translate_const", "cutout_const"), 0, math.inf, "0 or more"),
+            (("learning_rate", "epochs", "decay_epochs", "temperature", "memory"), 1e-30, math.inf, "a number above 0"),
+            (("threshold", "label_smoothing", "dropout", "ema"), 0, 1, "a number in [0, 1)"),
+            (("survival", "unlabeled_fraction", "bn_momentum"), 1e-30, 1.0000001, "a number in (0, 1]")):
+        for name in names:
+            value = getattr(config, name)
+            need(value is None or low <= value < high, name, expected)
+    low, high = config.interval or (0, 1)
+    need(0 <= low < high <= 1, "interval", "0 <= LOW < HIGH <= 1")
+    need(len(config.models) >= 2, "models", "a teacher and at least one student")
+    for name in config.models:
+        if name not in FAMILY:
+            raise UserError(f"unknown network {name!r} in --models: expected some of {', '.join(FAMILY)}")
+    with torch.device("meta"):
+        sizes = [sum(w.numel() for w in EfficientNet(name, 10).parameters()) for name in config.models]
+    for k, (teacher, student) in enumerate(zip(config.models, config.models[1:])):
+        if sizes[k + 1] < sizes[k] and not config.allow_smaller:
+            raise UserError(f"student {student} ({sizes[k + 1]:,} parameters) is smaller than its teacher {teacher} "
+                            f"({sizes[k]:,}): expected an equal or larger one; reorder --models or add --allow-smaller")
+    robustness, out = config.robustness, config.out
+    if robustness is None:  # where it costs less than a fifth of the run
+        robustness = config.dataset in ("digits", "cifar10") and config.steps >= 500
+    folder = "runs/" + (Path(config.dataset).name or "folder")
+    while out is None:  # the first free one of runs/digits, runs/digits-2, ...
+        out = folder if not Path(folder).exists() or not any(Path(folder).iterdir()) else None
+        stem, _, number = folder.rpartition("-")
+        folder = f"{stem}-{int(number) + 1}" if number.isdigit() and stem else folder + "-2"
+    return replace(config, robustness=robustness, out=out)
+
+
+# ---- Algorithm 1 ------------------------------------------------------------------------------------- (section 3)
+def noisy_student(config):
+    """The whole method: a supervised control, a teacher, then students, each taught by the one before.
+
+    Returns {"config": {...}, "generations": [...]}, which is also in OUT/results.json (the README explains each entry).
+    The dev set is for choosing hyperparameters; the test set is read once per generation, at its end."""
+    config = complete(config)
+    device = setup(config)
+    data = load_data(config).to(device, config.memory)
+    run = Run(config, data)
+    chain = [("supervised", config.models[-1]), ("teacher", config.models[0])]
+    chain += [(f"student {k}", network) for k, network in enumerate(config.models[1:], 1)]
+    teacher = None
+    for name, network in chain:
+        model = run.finished(name)  # None, unless an earlier, interrupted run got there
+        if model is None:
+            # The control is the last student's run with the unlabelled part left out, hence the last student's key:
+            # a generation's weights and noise start from (seed, key), the order of labelled images from the seed.
+            key = chain[-1][0] if name == "supervised" else name
+            model = build(network, data, config, key)
+            pseudo = None
+            if name.startswith("student"):
+                # Step 2: the un-noised teacher labels the clean unlabelled images.
+                pseudo = run.restored_pseudo(name) or make_pseudo(teacher, data, config, key, run)
+                if config.warm_start:
+                    warm_start(model, teacher)
+            # Step 1 (teacher, on labelled images) and step 3 (student, on labelled and unlabelled images): noised.
+            steps = config.teacher_steps if name == "teacher" else config.steps
+            model = train(model, data, config, pseudo, steps=steps, key=key, run=run.begin(name, network, pseudo))
+            run.finish(name, network, model, pseudo)
+        teacher = model  # Step 4: the student becomes the teacher (and the real teacher replaces the control here).
+    if config.fix_resolution:
+        name = f"{chain[-1][0]} at {config.fix_resolution} px"
+        if run.finished(name) is None:
+            size = config.fix_resolution
+            model = fine_tune_resolution(teacher, data, config, size, run=run.begin(name, config.models[-1]))
+            run.finish(name, config.models[-1], model, size=size)
+    return run.close()
+
+
+# ---- Training ------------------------------------------------------------------- (section 3.1; official code)
+def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
+          augment=True, frozen=0, size=None, base_lr=None):
+    """Minimise cross-entropy on noised labelled images, and on noised unlabelled ones where `pseudo` is given.
+
+    model: EfficientNet, trained in place. steps: default config.steps. key: seeds the noise. run: a Run to report to.
+    augment=False, frozen (so many of stem and blocks), size (pixels) and base_lr serve the fix-resolution fine-tune.
+    Returns the moving average of the weights, a network in evaluation mode. UserError when the loss is not finite."""
+    steps, device = steps or config.steps, next(model.parameters()).device
+    rank, world = world_of()
+    B, U, n = config.batch, config.batch * config.ratio, len(data.labels)
+    targets = smoothed_one_hot(data.labels, data.num_classes, config.label_smoothing)                        # (n,K)
+    weight_l, weight_u = loss_weights(config.loss, config.ratio) if pseudo is not None else (1.0, 0.0)
+    base_lr = base_lr or config.learning_rate * B / 256
+    frozen = ([model.stem] + list(model.blocks))[:frozen]
+    for module in frozen:
+        module.requires_grad_(False)
+    ema = EMA(model, config.ema)
+    optimizer = RMSpropTF(parameter_groups(model, config.weight_decay), base_lr)
+    first = run.restore(model, ema, optimizer) if run else 0
+    model.train()
+    for module in frozen:
+        module.eval()
+    forward = torch.compile(model) if config.compile else model
+    if world > 1:
+        forward = torch.nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
+    tally, seen = torch.zeros(3, device=device), first  # sums of L and U and of finite steps since step number `seen`
+    for step in range(first, steps):
+        # Every draw of a step follows from (seed, key, step): a resumed run needs no random state, and every rank of a
+        # distributed run draws the noise of the global batch and takes its own rows.
+        torch.manual_seed(seed_of(config.seed, key, step))
+        lr = learning_rate(step, base_lr, steps / config.epochs, config.warmup_epochs, config.decay_epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # The batch: B labelled images, then U unlabelled ones, in one forward pass with joint batch-norm statistics.
+        pretrain = pseudo is not None and not config.joint and step < 0.8 * steps  # ours: the share
+        use_labeled, use_unlabeled = not pretrain, pseudo is not None and (config.joint or pretrain)
+        images, target = [], []
+        if use_labeled:
+            rows = batch_rows(n, B, step, config.seed, "labelled")[rank::world]
+            images.append(gather(data.labeled_images, rows, device))  # (B,3,H,W)
+            target.append(targets[rows.to(device)])  # (B,K)
+        if use_unlabeled:
+            rows = pseudo.rows[batch_rows(len(pseudo.rows), U, step, config.seed, key)[rank::world]]
+            images.append(gather(data.unlabeled_images, rows, device))  # (U,3,H,W)
+            target.append(pseudo.targets[rows].to(device))  # (U,K)
+        b = len(images[0]) if use_labeled else 0
+        images, target = torch.cat(images), torch.cat(target)
+        noised = len(images) if config.unlabeled_model_noise else b
+        if augment:
+            end = len(images) if config.unlabeled_augment else b
+            images = torch.cat([add_noise(images[:end], config, data.flip, (rank, world)), images[end:]])
+
+        # The loss: L + U, (L + rU)/(1 + r) or L + rU.
+        with precision(device, config):
+            logits = forward(normalise(images, data, size), noised)  # (B+U,K)
+        losses = -(target * F.log_softmax(logits.float(), 1)).sum(1)  # (B+U,)
+        L = losses[:b].mean() if use_labeled else losses.new_zeros(())
+        U_ = losses[b:].mean() if use_unlabeled else losses.new_zeros(())
+        loss = weight_l * L + weight_u * U_ if config.joint else L + U_
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(model)
+
+        # Everything below only watches, every second or so; reading the sums is the one wait for a GPU.
+        if run:
+            run.images += len(images) * world
+        tally += torch.stack([L.detach(), U_.detach(), torch.isfinite(loss.detach()).float()])
+        if step + 1 == steps or (step + 1 - seen) >= 100 or (run and run.due()):
+            sum_l, sum_u, finite = tally.tolist()
+            if finite < step + 1 - seen:
+                raise UserError(f"the loss became {sum_l + sum_u} at step {seen + int(finite) + 1} of {steps} (learning "
+                                f"rate {lr:.2g}): expected a finite number; lower --learning-rate (checkpoint kept)")
+            if run:
+                count = step + 1 - seen
+                run.report(step + 1, steps, lr, sum_l / count, sum_u / count, model, ema, optimizer)
+            tally.zero_()
+            seen = step + 1
+    return ema.model
+
+
+def loss_weights(name, r):
+    """Weights of L, the mean over labelled images, and U, the mean over unlabelled ones, for r = unlabelled / labelled.
+
+    The paper and its code disagree. Our default is `average`, the paper's text: it keeps the loss of teacher, control
+    and student on one scale, and with RMSProp's epsilon of 0.001 inside the root that scale acts like a learning rate."""
+    return {"sum": (1.0, 1.0),                   # Algorithm 1
+            "average": (1 / (1 + r), r / (1 + r)),  # text of section 3.1
+            "ratio": (1.0, float(r))}[name]      # official code
+
+
+def learning_rate(step, base_lr, steps_per_epoch, warmup_epochs=5, decay_epochs=2.4, decay=0.97):
+    """Linear warm-up to base_lr, then a staircase that counts from step 0 (section 3.1; official code)."""
+    if step < warmup_epochs * steps_per_epoch:
+        return base_lr * step / (warmup_epochs * steps_per_epoch)
+    return base_lr * decay ** (step // (decay_epochs * steps_per_epoch))
+
+
+class RMSpropTF(torch.optim.Optimizer):
+    """RMSProp as TensorFlow 1 computes it (official code), with the L2 term weight_decay / 2 |w|^2 in the gradient g:
+    ms <- decay ms + (1 - decay) g^2,  mom <- momentum mom + lr g / sqrt(ms + eps),  w <- w - mom.
+    torch.optim.RMSprop has eps outside the root, starts ms at 0 instead of 1 and keeps lr out of the momentum."""
+    def __init__(self, params, lr, decay=0.9, momentum=0.9, eps=0.001, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, decay=decay, momentum=momentum, eps=eps, weight_decay=weight_decay))
+        for group in self.param_groups:
+            for w in group["params"]:
+                self.state[w] = {"ms": torch.ones_like(w), "mom": torch.zeros_like(w)}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = torch.enable_grad()(closure)() if closure else None
+        for group in self.param_groups:
+            ws = [w for w in group["params"] if w.grad is not None]
+            if not ws:
+                continue
+            gs, ms, mom = [w.grad for w in ws], [self.state[w]["ms"] for w in ws], [self.state[w]["mom"] for w in ws]
+            if group["weight_decay"]:
+                gs = torch._foreach_add(gs, ws, alpha=group["weight_decay"])
+            torch._foreach_mul_(ms, group["decay"])
+            torch._foreach_addcmul_(ms, gs, gs, 1 - group["decay"])
+            root = torch._foreach_add(ms, group["eps"])
+            torch._foreach_sqrt_(root)
+            torch._foreach_mul_(mom, group["momentum"])
+            torch._foreach_addcdiv_(mom, gs, root, group["lr"])
+            torch._foreach_sub_(ws, mom)
+        return loss
+
+
+def parameter_groups(model, weight_decay):
+    """Weight decay on every variable that is not batch-norm, biases included (official code)."""
+    norm = {id(w) for module in model.modules() if isinstance(module, BatchNorm) for w in module.parameters()}
+    trained = [w for w in model.parameters() if w.requires_grad]
+    return [{"params": [w for w in trained if id(w) not in norm], "weight_decay": weight_decay},
+            {"params": [w for w in trained if id(w) in norm], "weight_decay": 0.0}]
+
+
+class EMA:
+    """Moving average of all weights and batch-norm statistics (official code). With TensorFlow's `num_updates` rule the
+    decay is min(decay, (1 + t) / (10 + t)), so that the average does not remember the random initialisation.
+
+    `.model` is the averaged network, in evaluation mode: it is what labels, is evaluated and is saved."""
+    def __init__(self, model, decay):
+        self.model, self.decay, self.updates = copy.deepcopy(model).eval().requires_grad_(False), decay, 0
+        self.average = [v for v in self.model.state_dict().values() if v.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, model):
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.average, [v for v in model.state_dict().values() if v.is_floating_point()], 1 - decay)
+        self.updates += 1
+
+
+def add_noise(images, config, flip, shard=(0, 1)):
+    """Input noise on uint8 (N,3,H,W), in official order: RandAugment, Cutout, reflect-pad and crop, flip (CIFAR)."""
+    if not len(images):
+        return images
+    if config.augment:
+        augment = RandAugment(config.num_ops, config.magnitude, translate_const=config.translate_const,
+                              cutout_const=config.cutout_const)
+        images = augment(images, shard=shard)
+        images = cutout(images, config.cutout, shard=shard) if config.cutout else images
+    images = random_crop(images, config.crop, shard=shard) if config.crop else images
+    return random_flip(images, shard=shard) if flip else images
+
+
+def smoothed_one_hot(labels, num_classes, smoothing):
+    """Labels (N,) -> target distributions (N,K): 1 - smoothing on the label plus smoothing / K everywhere."""
+    return F.one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
+
+
+def seed_of(*parts):
+    """One 63-bit seed from anything printable."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+@functools.lru_cache(maxsize=4)
+def shuffled(n, *key):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("order", *key)))
+
+
+def batch_rows(n, batch, step, *key):
+    """Row numbers (batch,) of batch number `step` in endless passes over n rows, each pass in a new order."""
+    start, end = step * batch, (step + 1) * batch
+    passes = range(start // n, (end - 1) // n + 1)
+    return torch.cat([shuffled(n, *key, p) for p in passes])[start - passes[0] * n:end - passes[0] * n]
+
+
+def gather(images, rows, device):
+    """images[rows] on the device; the images may lie on the CPU or in a memory-mapped file."""
+    return images[rows.to(images.device, non_blocking=True)].to(device, non_blocking=True)
+
+
+def normalise(images, data, size=None):
+    """Images (N,3,H,W) in 0-255 -> float32, channels last, mean 0 and deviation 1 over the training images."""
+    x = images.to(torch.float32, memory_format=torch.channels_last)
+    if size and size != x.shape[2]:
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+    return (x - 255 * data.mean.view(1, 3, 1, 1)) / (255 * data.std.view(1, 3, 1, 1))
+
+
+def precision(device, config):
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda")
+
+
+def build(network, data, config, key=""):
+    """A freshly initialised EfficientNet for the data set, on the data's device."""
+    torch.manual_seed(seed_of(config.seed, key, "initialisation"))
+    model = EfficientNet(network, data.num_classes, small_images=is_small(data), dropout=config.dropout,
+                         survival=config.survival, bn_momentum=config.bn_momentum)
+    return model.to(data.labels.device, memory_format=torch.channels_last)
+
+
+def is_small(data):
+    """Whether the network gets the official strides for small images (32x32)."""
+    return data.test_images.shape[2] <= 64
+
+
+def warm_start(student, teacher):
+    if student.name != teacher.name:
+        raise UserError(f"--warm-start of {student.name} from {teacher.name}: expected equal networks in --models")
+    student.load_state_dict(teacher.state_dict())
+
+
+# ---- Pseudo labels ---------------------------------------------------------- (section 3, 3.1; official code)
+class Pseudo(typing.NamedTuple):
+    """rows: int64 (M',) rows of data.unlabeled_images to train on, copies included. targets: float32 (M,K), what the
+    student is to predict on each unlabelled image. kept: how many images passed the filter."""
+    rows: torch.Tensor
+    targets: torch.Tensor
+    kept: int
+
+
+@torch.no_grad()
+def pseudo_label(teacher, images, data, config, *, batch=1000, key=""):
+    """Class probabilities float32 (M,K), on the CPU, of uint8 images (M,3,H,W): the softmax of the teacher's logits.
+
+    Images are clean, dropout and stochastic depth off, batch-norm in evaluation mode; --noisy-teacher (table 6) turns
+    the noise on, but not batch-norm. The teacher comes back as it was. Each rank of a distributed run labels its share."""
+    rank, world = world_of()
+    device = next(teacher.parameters()).device
+    if config.noisy_teacher:
+        model = copy.deepcopy(teacher).train()
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                module.eval()
+    else:
+        model = fold_batchnorm(teacher)
+    probabilities = torch.zeros(len(images), data.num_classes, device=device)
+    for start in range(rank * batch, len(images), world * batch):
+        x = gather(images, torch.arange(start, min(start + batch, len(images))), device)
+        if config.noisy_teacher:
+            torch.manual_seed(seed_of(config.seed, key, "noisy teacher", start))
+            x = add_noise(x, config, data.flip)
+        with precision(device, config):
+            probabilities[start:start + batch] = model(normalise(x, data)).float().softmax(1)
+    if world > 1:
+        dist.all_reduce(probabilities)
+    return probabilities.cpu()
+
+
+def filter_and_balance(probabilities, threshold, per_class, generator=None, *, balance=True, below=math.inf):
+    """Rows to train on, int64 (M',), copies included, from pseudo-label probabilities (M,K). Section 3.1.
+
+    Keeps images whose confidence, the largest probability, is >= threshold (and < below); of each predicted class the
+    `per_class` most confident (None: the mean number kept). A class with fewer is duplicated at random, its copies
+    differing by at most one; a class with none stays empty, with a warning; nothing kept gives an empty result.
+    Ours is exact: the official code walks 0.01-wide bins of confidence and draws the number of copies."""
+    confidence, label = probabilities.max(1)                                                                 # (M,)
+    kept = ((confidence >= threshold) & (confidence < below)).nonzero().squeeze(1)
+    if not balance or not len(kept):
+        return kept
+    K = probabilities.shape[1]
+    per_class = per_class or max(1, round(len(kept) / K))
+    rows, empty = [], []
+    for k in range(K):
+        mine = kept[label[kept] == k]
+        mine = mine[confidence[mine].argsort(descending=True, stable=True)][:per_class]
+        if not len(mine):
+            empty.append(k)
+            continue
+        copies, rest = divmod(per_class, len(mine))
+        some = torch.randperm(len(mine), generator=generator)[:rest]
+        rows += [mine.repeat(copies), mine[some]]
+    if empty:
+        warnings.warn(f"no unlabelled image is left of class {', '.join(map(str, empty))}")
+    return torch.cat(rows)
+
+
+def make_pseudo(teacher, data, config, key="", run=None):
+    """Label, filter and balance the unlabelled images, and turn probabilities into the student's targets -> Pseudo."""
+    probabilities = pseudo_label(teacher, data.unlabeled_images, data, config, key=key)
+    warn_near_chance(error_rate(teacher, data.dev_images, data.dev_labels, data, config), probabilities)
+    low, high = config.interval or (config.threshold, math.inf)
+    high = math.inf if high >= 1 else high
+    generator = torch.Generator().manual_seed(seed_of(config.seed, key, "balance"))
+    kept = int(((probabilities.amax(1) >= low) & (probabilities.amax(1) < high)).sum())
+    rows = filter_and_balance(probabilities, low, config.per_class, generator, balance=config.balance, below=high)
+    if not len(rows):
+        top = probabilities.amax(1)
+        raise UserError(f"no pseudo label has a confidence in [{low}, {min(high, 1)}]: found {top.min():.3f} to {top.max():.3f}; "
+                        "lower --threshold, widen --interval or train the teacher for longer")
+    if config.hard:
+        targets = smoothed_one_hot(probabilities.argmax(1), data.num_classes, config.label_smoothing)
+    elif config.temperature != 1:  # softmax(logits / T) is p^(1/T), renormalised
+        targets = (probabilities.clamp_min(1e-30).log() / config.temperature).softmax(1)
+    else:
+        targets = probabilities
+    return Pseudo(rows, targets, kept)
+
+
+def warn_near_chance(dev_error, probabilities):
+    """A teacher that has learned nothing makes a student that learns nothing: say so before it labels anything."""
+    K = probabilities.shape[1]
+    if 1 - dev_error < 1.5 / K:
+        counts = probabilities.argmax(1).bincount(minlength=K).tolist()
+        warnings.warn(f"the teacher is near chance: {1 - dev_error:.1%} right on dev, guessing {1 / K:.1%}; images it labelled per "
+                      f"class: {counts}; give it more --teacher-steps or --labels, or another --learning-rate")
+
+
+@torch.inference_mode()
+def error_rate(model, images, labels, data, config, size=None, batch=1000):
+    """Share of wrong predictions of a network in evaluation mode on clean images, at `size` pixels if given."""
+    device = next(model.parameters()).device
+    model, wrong = fold_batchnorm(model), torch.zeros((), dtype=torch.long, device=device)
+    for start in range(0, len(images), batch):
+        x = gather(images, torch.arange(start, min(start + batch, len(images))), device)
+        with precision(device, config):
+            wrong += (model(normalise(x, data, size)).argmax(1) != labels[start:start + batch].to(device)).sum()
+    return wrong.item() / len(images)
+
+
+# ---- Fix-resolution fine-tune -------------------------------------------------- (section 3.1; official code)
+def fine_tune_resolution(model, data, config, size, *, epochs=1.5, run=None):
+    """Train a copy of `model` for 1.5 epochs more at the larger `size` (pixels), on un-augmented labelled images, the
+    shallow layers frozen and their batch-norm in evaluation mode -> its moving average.
+
+    ours: shallow is the stem and the first half of the blocks, the learning rate a tenth (neither is published)."""
+    model = copy.deepcopy(model).requires_grad_(True)
+    steps = max(1, round(epochs * len(data.labels) / config.batch))
+    return train(model, data, config, steps=steps, key="fix resolution", run=run, augment=False, size=size,
+                 frozen=1 + len(model.blocks) // 2, base_lr=0.1 * config.learning_rate * config.batch / 256)
+
+
+# ---- Robustness -------------------------------------- (paper: ImageNet-C, -P, FGSM, PGD; Hendrycks & Dietterich 2019)
+# Constants of severities 1-5 as published for 32x32 (CIFAR-10-C). Other sizes use the same ones (a radius stays in
+# pixels; ImageNet-C has larger values), so compare figures within one image size only.
+CORRUPTIONS = {
+    "gaussian_noise": (.04, .06, .08, .09, .10),                           # standard deviation, full range 1
+    "shot_noise": (500, 250, 100, 75, 50),                                 # photons of a full-bright pixel
+    "impulse_noise": (.01, .02, .03, .05, .07),                            # share of values turned into 0 or 255
+    "defocus_blur": ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1)),    # radius of a disk, sigma softening its edge
+    "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),           # radius, sigma (3 and 4 come out equal)
+    "zoom_blur": (1.06, 1.11, 1.16, 1.21, 1.26),                           # end of the zoom factors 1, 1.01, 1.02, ...
+    "fog": ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)),            # amount, decay of the fractal's detail
+    "brightness": (.05, .1, .15, .2, .3),                                  # added to the HSV value
+    "contrast": (.75, .5, .4, .3, .15),                                    # scale around each channel's mean
+    "pixelate": (.95, .9, .85, .75, .65)}                                  # size of the small image in between
+CIFAR10_C = (*CORRUPTIONS, "glass_blur", "snow", "frost", "elastic_transform", "jpeg_compression")
+# Kinds from ImageNet-P, growth per frame ours. None: fresh noise of severity 1 in each frame but the first, clean one.
+PERTURBATIONS = {"gaussian_noise": None, "shot_noise": None, "zoom_blur": .01, "brightness": .01,
+                 "translate": 1 / 64, "rotate": math.pi / 180, "tilt": .01, "scale": .01}   # translate: in half widths
+
+
+def corrupt(images, name, severity, generator=None):
+    """uint8 images (N,C,H,W) -> corrupted uint8 images (N,C,H,W) on their device, every image with draws of its own.
+
+    name: a key of CORRUPTIONS; severity: 1-5; generator: on the images' device (None: the global one). Follows the
+    published CIFAR-10-C script, its truncation to uint8 included. ValueError for any other argument."""
+    if name not in CORRUPTIONS or severity not in range(1, 6) or images.dtype != torch.uint8 or images.dim() != 4:
+        raise ValueError(f"found {name!r}, severity {severity!r}, {images.dtype} {tuple(images.shape)}; "
+                         f"expected one of {', '.join(CORRUPTIONS)}, 1 to 5, uint8 images (N,C,H,W)")
+    c, x, draw = CORRUPTIONS[name][severity - 1], images.float(), dict(generator=generator, device=images.device)
+    n, channels, height, width = x.shape
+    if name == "gaussian_noise":
+        x = x + 255 * c * torch.randn(x.shape, **draw)
+    elif name == "shot_noise":
+        x = torch.poisson(x / 255 * c, generator=generator) / c * 255
+    elif name == "impulse_noise":                               # every channel on its own; half pepper, half salt
+        u = torch.rand(x.shape, **draw)
+        x = torch.where(u < c / 2, 0., torch.where(u >= 1 - c / 2, 255., x))
+    elif name == "defocus_blur":
+        o, soft = torch.arange(-2., 3), torch.exp(-torch.tensor([-1., 0, 1]) ** 2 / (2 * c[1] ** 2))
+        disk = (o[:, None] ** 2 + o ** 2 <= c[0] ** 2).float()[None, None]                            # (1,1,5,5)
+        kernel = F.conv2d(disk, torch.outer(soft, soft)[None, None], padding=1)
+        kernel = (kernel / kernel.sum()).to(x.device).expand(channels, 1, 5, 5)
+        x = F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=channels)
+    elif name == "motion_blur":                                 # up to 45 degrees from level; ImageMagick rounds
+        x = _motion_blur(x, *c, (torch.rand(n, **draw) * 2 - 1) * math.pi / 4).round()
+    elif name == "zoom_blur":                                   # np.arange as published; rounding lets 1.06, 1.11 in
+        factors = np.arange(1, c, .01)
+        x = (x + sum(_zoom(x, factor) for factor in factors)) / (len(factors) + 1)
+    elif name == "fog":
+        top, fog = x.amax((1, 2, 3), keepdim=True), 255 * c[0] * _plasma(n, max(height, width), c[1], draw)
+        x = (x + fog[:, None, :height, :width]) * top / (top + 255 * c[0])
+    elif name == "brightness":
+        x = _brighten(x, c)
+    elif name == "contrast":
+        x = torch.lerp(x.mean((2, 3), keepdim=True), x, c)
+    elif name == "pixelate":                                    # rows, then columns, each rounded, as in Pillow
+        x = (x @ _box(width, int(width * c)).T.to(x.device) + .5).floor()
+        x = (_box(height, int(height * c)).to(x.device) @ x + .5).floor()
+    return (x + 1e-3).clamp(0, 255).byte()                      # truncate, but let the 36.99999 of float32 be 37
+
+
+def _brighten(x, amount):
+    """HSV value (the largest channel) + amount; same hue and saturation: the channels scale alike, black turns grey."""
+    value = x.amax(1, keepdim=True)
+    new = (value + 255 * amount).clamp(max=255)
+    return torch.where(value > 0, x * (new / value), new)
+
+
+def _zoom(x, factor):
+    """The centre of x (N,C,H,W) enlarged as by scipy.ndimage.zoom(order=1), corners to corners, trimmed to (H,W)."""
+    def centre(x, height, width):
+        return x[:, :, (x.shape[2] - height) // 2:, (x.shape[3] - width) // 2:][:, :, :height, :width]
+    small = [math.ceil(side / factor) for side in x.shape[2:]]
+    large = [round(side * factor) for side in small]
+    return centre(F.interpolate(centre(x, *small), large, mode="bilinear", align_corners=True), *x.shape[2:])
+
+
+def _motion_blur(x, radius, sigma, angle):
+    """ImageMagick's: half a Gaussian in 2 radius + 1 whole-pixel steps along angle (N,) in radians, edges repeated."""
+    height, width = x.shape[2:]
+    weight, out = np.exp(-np.arange(2 * radius + 1) ** 2 / (2 * sigma ** 2)), torch.zeros_like(x)
+    rows, columns = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
+    for i, w in enumerate((weight / weight.sum()).tolist()):
+        if w > 1e-5:                                            # the others add up to a hundredth of a grey level
+            dy, dx = [torch.ceil(i * f(angle) - .5).long()[:, None, None] for f in (torch.sin, torch.cos)]
+            index = (rows + dy).clamp(0, height - 1) * width + (columns + dx).clamp(0, width - 1)     # (N,H,W)
+            out += w * x.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, x.shape[1], -1)).view_as(x)
+    return out
+
+
+def _plasma(n, size, decay, draw):
+    """Diamond-square maps in [0,1] that wrap around, (n,S,S) with S the power of two from size upwards."""
+    def wobble(total):                                          # the script does multiply by wibble twice
+        return total / 4 + wibble ** 2 * (torch.rand(total.shape, **draw) * 2 - 1)
+    step, wibble = 1 << (size - 1).bit_length(), 100.
+    z = torch.zeros(n, step, step, device=draw["device"])
+    while step > 1:
+        half, corner, centre = step // 2, z[:, ::step, ::step], z[:, step // 2::step, step // 2::step]
+        left = corner + corner.roll(-1, 1)                      # the two corners of a left edge
+        centre[:] = wobble(left + left.roll(-1, 2))
+        z[:, ::step, half::step] = wobble(centre + centre.roll(1, 1) + corner + corner.roll(-1, 2))
+        z[:, half::step, ::step] = wobble(centre + centre.roll(1, 2) + left)
+        step, wibble = half, wibble / decay
+    z -= z.amin((1, 2), keepdim=True)
+    return z / z.amax((1, 2), keepdim=True)
+
+
+def _box(size, small):
+    """Pillow's BOX resize to small and back, a matrix (size,size): mean of the pixels centred in a window, repeated."""
+    centre = (np.arange(size) + .5) * small / size              # of every pixel, measured in small pixels
+    offset = centre - np.arange(small)[:, None] - .5            # (small,size)
+    down = ((offset > -.5) & (offset <= .5)).astype(np.float32)
+    return torch.from_numpy((down / down.sum(1, keepdims=True))[centre.astype(int)])
+
+
+def perturbation_sequence(images, name, frames=30, generator=None):
+    """uint8 images (N,C,H,W) -> (N,frames,C,H,W): the clean image, then PERTURBATIONS[name] more in each frame, so that
+    a shorter sequence begins a longer one. The sense of translate, rotate and tilt is drawn per image; bilinear, border
+    reflected. generator and ValueError as for corrupt."""
+    if name not in PERTURBATIONS or frames < 2:
+        raise ValueError(f"found {name!r}, {frames} frames; expected one of {', '.join(PERTURBATIONS)}, 2 or more")
+    if PERTURBATIONS[name] is None:
+        return torch.stack([images] + [corrupt(images, name, 1, generator) for _ in range(frames - 1)], 1)
+    x, sequence, total, (height, width) = images.float(), [images], images.float(), images.shape[2:]
+    sense = torch.randint(0, 2, (len(x), 1, 1), generator=generator, device=x.device) * 2. - 1
+    xs = ((torch.arange(width, device=x.device) * 2 + 1) / width - 1).expand(len(x), height, width)
+    ys = ((torch.arange(height, device=x.device) * 2 + 1) / height - 1)[:, None].expand_as(xs)
+    for step in range(1, frames):
+        amount = step * PERTURBATIONS[name]
+        if name == "brightness":
+            frame = _brighten(x, amount)
+        else:                                                   # where in [-1,1] every pixel comes from: (u/w, v/w)
+            a, one, r = sense * amount, torch.ones_like(xs), height / width
+            u, v, w = {"translate": (xs + a, ys, one), "tilt": (xs, ys, 1 + a * xs), "scale": (xs, ys, one + amount),
+                       "rotate": (a.cos() * xs - a.sin() * ys * r, a.sin() * xs / r + a.cos() * ys, one)}[
+                           "scale" if name == "zoom_blur" else name]
+            frame = F.grid_sample(x, torch.stack([u / w, v / w], -1), padding_mode="reflection", align_corners=False)
+        if name == "zoom_blur":                                 # the mean so far (_zoom would jump by half a pixel)
+            total = total + frame
+            frame = total / (step + 1)
+        sequence.append(frame.round().clamp(0, 255).byte())
+    return torch.stack(sequence, 1)
+
+
+def flip_rate(predictions, noise=False):
+    """Share of frames j >= 2 in predictions (sequences, frames) that differ from frame j-1 (noise: from frame 1)."""
+    p = torch.as_tensor(predictions)
+    if p.dim() != 2 or not len(p) or p.shape[1] < 2:
+        raise ValueError(f"found predictions {tuple(p.shape)}; expected (sequences, frames) with 2 frames or more")
+    return (p[:, 1:] != (p[:, :1] if noise else p[:, :-1])).double().mean().item()
+
+
+def mean_flip_rate(rates, reference):
+    """mFR: 100 x the mean over perturbations of a model's flip rate / the reference's. ValueError if one is 0."""
+    if not rates or rates.keys() != reference.keys() or not all(value > 0 for value in reference.values()):
+        raise ValueError(f"found {rates} and the reference {reference}; expected the same names, and no zero in the "
+                         "reference (the ratio would divide by it: measure more images)")
+    return 100 * sum(rates[name] / reference[name] for name in rates) / len(rates)
+
+
+def mean_corruption_error(errors, reference):
+    """mCE: 100 x the mean over corruptions of (sum of a model's five errors) / (sum of the reference's). ValueError as
+    for mean_flip_rate, and for other than five errors."""
+    if any(len(five) != 5 for five in (*errors.values(), *reference.values())):
+        raise ValueError(f"found {errors} and the reference {reference}; expected five errors for every corruption")
+    return mean_flip_rate(*({name: sum(five) for name, five in each.items()} for each in (errors, reference)))
+
+
+def fgsm(predict, images, labels, epsilon):
+    """x + epsilon sign(dCE/dx). images float (N,C,H,W) in [0,255], epsilon in the same units, labels (N,); predict maps
+    such images to logits (N,K), normalisation inside. Neither the parameters' gradients nor the model's mode change."""
+    return pgd(predict, images, labels, epsilon, steps=1, step_size=epsilon)
+
+
+def pgd(predict, images, labels, epsilon, steps=10, step_size=None, random_start=False, generator=None):
+    """fgsm in small steps, each projected onto the L-infinity ball around images and onto [0,255]; random_start begins
+    anywhere in that ball. The paper names no step size: 2.5 epsilon / steps is our choice, a common one."""
+    if not images.is_floating_point() or epsilon < 0 or steps < 1:
+        raise ValueError(f"found {images.dtype}, epsilon {epsilon}, {steps} steps; expected float images, >= 0, >= 1")
+    x, step_size = images.detach(), 2.5 * epsilon / steps if step_size is None else step_size
+    if random_start:
+        x = x + epsilon * (torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) * 2 - 1)
+        x = x.clamp(0, 255)
+    for _ in range(steps):
+        with torch.enable_grad():                               # a sum: no image's gradient depends on its batch
+            loss = F.cross_entropy(predict(x.requires_grad_()), labels.long(), reduction="sum")
+            gradient, = torch.autograd.grad(loss, x)
+        x = x.detach() + step_size * gradient.sign()
+        x = (images + (x - images).clamp(-epsilon, epsilon)).clamp(0, 255).detach()
+    return x
+
+
+def robustness(predict, images, labels, *, seed=0, num_images=300, num_sequences=50, frames=30, batch_size=250,
+               epsilons=(2, 4, 8, 16), pgd_epsilon=1, steps=10, cifar10_c=None):
+    """The paper's robustness measures, as fractions, on num_images evenly spaced ones of uint8 images (N,C,H,W) with
+    labels (N,); predict as for fgsm. One seed shows every model the same pictures. cifar10_c=load_cifar10_c(...)
+    replaces corrupt. Costs about num_images * (70 + 3 steps) + 8 num_sequences * frames forward passes."""
+    def classify(x):
+        with torch.no_grad():
+            return predict(x.float()).argmax(1)
+
+    def error(x, y, change=lambda x, y: x):
+        batches = zip(x.split(batch_size), y.split(batch_size))
+        return sum((classify(change(a, b)) != b).sum().item() for a, b in batches) / len(y)
+
+    def some(array):
+        return array[::max(1, len(array) // num_images)][:num_images]
+    x, y, generator, flips = some(images), some(labels), torch.Generator(images.device).manual_seed(seed), {}
+    if cifar10_c is None:
+        errors = {name: [error(x, y, lambda a, _: corrupt(a, name, severity, generator)) for severity in range(1, 6)]
+                  for name in CORRUPTIONS}
+    else:                                                       # these files hold their own pictures and labels
+        sets, truth = cifar10_c[0], some(cifar10_c[1]).to(x.device)
+        errors = {k: [error(torch.tensor(some(part), device=x.device), truth) for part in sets[k]] for k in sets}
+    for name in PERTURBATIONS:
+        sequences = (perturbation_sequence(part, name, frames, generator)
+                     for part in x[:num_sequences].split(max(1, batch_size // frames)))
+        predictions = torch.cat([classify(s.flatten(0, 1)).view(-1, frames) for s in sequences])
+        flips[name] = flip_rate(predictions, noise=PERTURBATIONS[name] is None)
+    return {"clean_error": error(x, y), "corruption_errors": errors, "flip_rates": flips,
+            "fgsm": {str(e): error(x, y, lambda a, b: fgsm(predict, a.float(), b, e)) for e in epsilons},
+            "pgd": {"steps": steps, "epsilon": pgd_epsilon,
+                    "error": error(x, y, lambda a, b: pgd(predict, a.float(), b, pgd_epsilon, steps))}}
+
+
+def robustness_table(reports, reference="supervised"):
+    """reports: model -> robustness(...). Adds 'mce' and 'mfr' against reports[reference] to each; returns the table.
+    What the reference never errs on has no ratio: it is left out for every model, and the last line says so."""
+    measures = {"mce": ("corruption_errors", mean_corruption_error), "mfr": ("flip_rates", mean_flip_rate)}
+    base = reports[reference]
+    kept = {key: [name for name in base[part] if np.sum(base[part][name]) > 0] for key, (part, _) in measures.items()}
+    rows = [["error in %", "clean", "corrupted", "mCE", "mFR", *(f"FGSM {e}" for e in base["fgsm"]),
+             "PGD-{steps}, {epsilon}".format(**base["pgd"])]]
+    for model, report in reports.items():
+        for key, (part, mean) in measures.items():
+            ours, theirs = [{name: each[part][name] for name in kept[key]} for each in (report, base)]
+            report[key] = mean(ours, theirs) if ours else None
+        cells = [100 * np.mean(e) for e in (report["clean_error"], [*report["corruption_errors"].values()],
+                                            *report["fgsm"].values(), report["pgd"]["error"])]
+        cells[2:2] = report["mce"], report["mfr"]
+        rows.append([model, *("-" if cell is None else f"{cell:.1f}" for cell in cells)])
+    without = [f"{key}: {name}" for key, (part, _) in measures.items() for name in base[part] if name not in kept[key]]
+    return "\n".join(["".join(f"{cell:>12}" for cell in row) for row in rows] + [
+        f"mCE and mFR: lower is better; the reference, 100, is this run's {reference!r}"
+        + (f" (left out, as it makes no error there: {', '.join(without)})" if without else "")])
+
+
+def load_cifar10_c(folder):
+    """Unpacked CIFAR-10-C -> ({corruption: uint8 (5,n,3,32,32), by severity, mapped from its file} for the 15 of the
+    mCE, labels int64 (n,)); n is 10,000 there. UserError for a missing or malformed file."""
+    def load(name, kind, *shape):
+        try:
+            array = np.load(os.path.join(folder, name + ".npy"), mmap_mode="r")
+        except (OSError, ValueError, EOFError) as problem:
+            raise UserError(f"cannot read {name}.npy in {folder} ({problem}); expected CIFAR-10-C, unpacked") from None
+        if not np.issubdtype(array.dtype, kind) or array.shape != (shape or (array.size // 5 * 5 or 5,)):
+            raise UserError(f"found {array.dtype} {array.shape} in {name}.npy of {folder}; expected "
+                            f"{kind.__name__} {shape or '(five times the number of images,)'}")
+        return array.reshape(5, -1, *array.shape[1:])
+    labels = load("labels", np.integer)
+    if (labels != labels[0]).any():
+        raise UserError(f"found other labels at other severities in labels.npy of {folder}; expected five equal parts")
+    sets = {name: load(name, np.uint8, labels.size, 32, 32, 3).transpose(0, 1, 4, 2, 3) for name in CIFAR10_C}
+    return sets, torch.from_numpy(labels[0].astype(np.int64))
+
+
+def measure_robustness(model, data, config):
+    """robustness() of a network in evaluation mode on config.robustness_images of the test images."""
+    model, device = fold_batchnorm(model), data.labels.device
+
+    def predict(x):
+        with precision(device, config):
+            return model(normalise(x, data)).float()
+    step = max(1, len(data.test_images) // config.robustness_images)
+    rows = torch.arange(0, len(data.test_images), step)[:config.robustness_images]
+    return robustness(predict, gather(data.test_images, rows, device), data.test_labels[rows.to(device)], num_images=len(rows),
+                      cifar10_c=load_cifar10_c(config.cifar10_c) if config.cifar10_c else None)
+
+
+# ---- Data --------------------------------------------------------------------------- (SVHN split: the official code)
+# A whole data set is one uint8 tensor (N,3,H,W) and a batch is images[index]: no loader, no workers.
+DATASETS = ("digits", "cifar10", "svhn")
+SVHN, CIFAR = "http://ufldl.stanford.edu/housenumbers/", "https://www.cs.toronto.edu/~kriz/"
+DOWNLOADS = {  # file: URL, MD5, bytes
+    "train_32x32.mat": (SVHN + "train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373", 182_040_794),
+    "test_32x32.mat": (SVHN + "test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3", 64_275_384),
+    "extra_32x32.mat": (SVHN + "extra_32x32.mat", "a93ce644f1a588dc4d68dda5feec44a7", 1_329_278_602),
+    "cifar-10-python.tar.gz": (CIFAR + "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", 170_498_071)}
+BATCHES = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["test_batch"]}  # CIFAR-10
+SVHN_MEAN, SVHN_STD = (0.4376821, 0.4437697, 0.47280442), (0.19803012, 0.20101562, 0.19703614)  # official code
+
+
+@dataclass
+class Data:
+    labeled_images: torch.Tensor  # uint8 (N,3,H,W)
+    labels: torch.Tensor  # int64 (N,), 0 to K-1
+    unlabeled_images: torch.Tensor  # uint8 (M,3,H,W): labels that it had were dropped on loading
+    dev_images: torch.Tensor  # uint8 (D,3,H,W): for choosing between models
+    dev_labels: torch.Tensor  # int64 (D,)
+    test_images: torch.Tensor  # uint8 (T,3,H,W): read once, at the end
+    test_labels: torch.Tensor  # int64 (T,)
+    num_classes: int  # K
+    mean: torch.Tensor  # float32 (3,), pixels in 0-1
+    std: torch.Tensor  # float32 (3,)
+    flip: bool  # does a mirrored image keep its class? CIFAR yes, digits no, a folder: unknown, so no
+
+    def to(self, device, gibibytes):
+        """A copy on the device; a set of images larger than `gibibytes` stays where it is."""
+        def move(value):
+            return value.to(device) if isinstance(value, torch.Tensor) and value.nbytes <= gibibytes * 2**30 else value
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+def load_data(config):
+    """The data set that `config` names, as Data. Raises UserError for whatever is missing, malformed or impossible.
+
+    Training images are shuffled with seed 0 and the first `config.dev` become the dev set (with 4,000: the official
+    SVHN split). Of the others `config.labels` (None: all), balanced over the classes and drawn with `config.seed`, keep
+    their labels. Unlabelled are the rest and, with `config.extra`, SVHN's extra images; for a folder that has it,
+    unlabeled_images.npy instead of the rest; with `config.unlabeled_dataset`, the training (and extra) images of that
+    data set instead. At most `config.unlabeled` and `config.test` images are kept; digits generates as many (None:
+    8,000 and 2,000). Images of a folder stay on disk where a whole file is taken; a choice from it is copied. mean and
+    std: published for SVHN, else from about 10,000 labelled and unlabelled images.
+    """
+    name, other = config.dataset, config.unlabeled_dataset
+    for option, n in ("--unlabeled", config.unlabeled), ("--test", config.test):
+        if n is not None and n < 1:
+            raise UserError(f"{option} {n}: expected at least 1 image")
+    if config.dev < 0 or config.labels is not None and config.labels < 1:
+        raise UserError(f"--dev {config.dev}, --labels {config.labels}: expected at least 0 and 1 images")
+    images, labels = read_part(name, "train", config)
+    K = 10 if name in DATASETS else int(labels.max()) + 1
+    order = np.random.RandomState(0).permutation(len(labels))
+    if config.dev >= len(order):
+        raise UserError(f"--dev {config.dev}: {name} has {len(order)} training images; expected 0 to {len(order) - 1}")
+    dev, order = np.sort(order[:config.dev]), order[config.dev:]
+    wanted = len(order) if config.labels is None else config.labels
+    if not K <= wanted <= len(order):
+        raise UserError(f"--labels {wanted}: expected {K} (one per class) to {len(order)} (the training images of "
+                        f"{name} less {config.dev} for dev)")
+    order = np.random.default_rng([config.seed, 0]).permutation(order)
+    rank = np.empty(len(order), np.int64)  # 0 for the first image of each class, 1 for the second, …
+    for k in range(K):
+        rank[labels[order] == k] = np.arange((labels[order] == k).sum())
+    order = order[np.argsort(rank, kind="stable")]  # the classes take turns, so any first part is balanced
+    chosen, rest = np.sort(order[:wanted]), np.sort(order[wanted:])
+    counts = np.bincount(labels[chosen], minlength=K)
+    if counts.min() == 0:
+        raise UserError(f"{name}: class {counts.argmin()} has no labelled image; expected every class from 0 to "
+                        f"{K - 1} in the training labels: renumber them, add images or lower --dev")
+    labeled_images, dev_images = take(images, chosen), take(images, dev)
+    source = other or name
+    if config.extra and source != "svhn":
+        raise UserError(f"--extra: only SVHN has extra images; the unlabelled images here are those of {source}")
+    more = Path(source) / "unlabeled_images.npy"
+    if source not in DATASETS and more.exists():
+        unlabeled_images = read_images(more)
+    else:
+        if source != name:
+            images = read_part(source, "pool", config)[0]
+            rest = np.arange(len(images))
+        unlabeled_images = take(images, rest)
+        if config.extra:
+            unlabeled_images = read_svhn("extra_32x32.mat", config, joined=unlabeled_images)[0]
+    del images  # before the test images come
+    if len(unlabeled_images) == 0:
+        raise UserError(f"{name}: no unlabelled images are left; use --labels N with fewer than {len(order)}, --extra "
+                        "(SVHN) or --unlabeled-dataset NAME")
+    unlabeled_images = at_most(config.unlabeled, unlabeled_images)[0]
+    if config.unlabeled_fraction < 1:
+        unlabeled_images = at_most(max(1, round(config.unlabeled_fraction * len(unlabeled_images))), unlabeled_images)[0]
+    test_images, test_labels = at_most(config.test, *read_part(name, "test", config))
+    if test_labels.max() >= K:
+        raise UserError(f"{name}: test label {test_labels.max()}; expected 0 to {K - 1}, the training set's classes")
+    for part, found in ("unlabelled", unlabeled_images), ("test", test_images):
+        if found.shape[1:] != labeled_images.shape[1:]:
+            raise UserError(f"{part} images of {found.shape[2]} x {found.shape[3]} pixels; expected those of {name}'s "
+                            f"training images, {labeled_images.shape[2]} x {labeled_images.shape[3]}")
+    mean, std = (torch.tensor(SVHN_MEAN), torch.tensor(SVHN_STD)) if name == "svhn" else \
+        mean_std(labeled_images, unlabeled_images)
+    return Data(labeled_images, torch.from_numpy(labels[chosen]), unlabeled_images, dev_images,
+                torch.from_numpy(labels[dev]), test_images, torch.from_numpy(test_labels), K, mean, std,
+                flip=name == "cifar10")
+
+
+def take(images, index):
+    """images[index] for an index without repeats; no copy if that is everything (the images may be larger than RAM)."""
+    return images if len(index) == len(images) else images[torch.from_numpy(index)]
+
+
+def at_most(n, images, labels=None):
+    """A random n of the images, always the same ones, and their labels, if any; all where n is None or large."""
+    if n is None or n >= len(images):
+        return images, labels
+    index = np.sort(np.random.RandomState(0).permutation(len(images))[:n])
+    return take(images, index), None if labels is None else labels[index]
+
+
+def mean_std(*pools, limit=10_000):
+    """Mean and standard deviation of each channel in units of 0-1, from about `limit` images at most: evenly spaced
+    runs of 64, which a disk reads far faster than single images."""
+    step, moments, count = 64 * math.ceil(sum(map(len, pools)) / limit), torch.zeros(2, 3, dtype=torch.int64), 0
+    for pool in pools:
+        for i in range(0, len(pool), step):
+            x = pool[i:i + 64].int()  # whole numbers: the sums are exact, in whatever order they are taken
+            moments += torch.stack([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))])
+            count += x[:, 0].numel()
+    mean, square = moments.double() / count
+    std = (square - mean ** 2).clamp(min=1).sqrt()  # at least one grey level: plain images must not divide by 0
+    return (mean / 255).float(), (std / 255).float()
+
+
+def read_part(name, part, config):
+    """Images uint8 (N,3,H,W) and labels, a numpy int64 (N,): the part 'train' or 'test', or 'pool', the training images
+    as another data set's unlabelled ones."""
+    if name == "digits":
+        more, test = (default if n is None else n for n, default in ((config.unlabeled, 8000), (config.test, 2000)))
+        n = {"train": more + config.dev + (config.labels or 0), "test": test, "pool": more}[part]
+        images, labels = make_digits(n, 3 * config.seed + ["train", "test", "pool"].index(part))
+        return images, labels.numpy()
+    pool, part = part == "pool", "test" if part == "test" else "train"
+    if name == "svhn":
+        return read_svhn(f"{part}_32x32.mat", config)
+    if name == "cifar10":
+        return read_cifar10(BATCHES[part], config)
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(f"no data set {name!r}: expected {', '.join(DATASETS)} or a folder with train_images.npy, "
+                        "train_labels.npy, test_images.npy, test_labels.npy and perhaps unlabeled_images.npy")
+    images = read_images(folder / f"{part}_images.npy")
+    if pool:
+        return images, None
+    labels = load_npy(folder / f"{part}_labels.npy")
+    if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or labels.min() < 0 or labels.max() >= 2 ** 63:
+        raise UserError(f"{folder / part}_labels.npy: {labels.dtype} {labels.shape}; expected {len(images)} integers, "
+                        "one per image, from 0 to K-1")
+    return images, np.array(labels, np.int64)
+
+
+def read_images(path):
+    """A .npy file of images as a tensor (N,3,H,W) that maps the file: only the images of a batch are ever read."""
+    array = load_npy(path)
+    if array.dtype != np.uint8 or array.ndim != 4 or 3 not in array.shape[1::2] or not len(array):
+        raise UserError(f"{path}: {array.dtype} {array.shape}; expected uint8 (N,3,H,W) or (N,H,W,3), N > 0")
+    images = torch.from_numpy(array if array.shape[1] == 3 else array.transpose(0, 3, 1, 2))
+    if min(images.shape[2:]) < 8:
+        raise UserError(f"{path}: images of {images.shape[2]} x {images.shape[3]} pixels; expected at least 8 x 8")
+    return images
+
+
+def load_npy(path):
+    try:  # mode 'c': a page is read when touched, and writing (nothing here does) would not reach the file
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except Exception as error:  # numpy reports a bad file in many ways
+        raise UserError(f"{path}: no readable .npy file ({error!r}); write it with numpy.save") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: an archive; expected one array, written with numpy.save")
+    return array
+
+
+def read_svhn(file, config, joined=np.empty((0, 3, 32, 32))):
+    """Images (N,3,32,32) and labels (N,), 0 to 9, of one of SVHN's files; the images `joined` follow the file's own."""
+    path = fetch(file, config)
+    variables = read_mat(path, spare=3072 * len(joined))  # or joining would need both sets twice, and extra is 1.6 GB
+    X, y = variables.get("X", np.empty(0)), variables.get("y", np.empty(0))
+    if X.dtype != np.uint8 or X.ndim not in (3, 4) or X.shape[:3] != (32, 32, 3) or y.size != X.size // 3072 \
+            or not y.size or not (y.min() >= 0 and y.max() <= 10) or X.base is None:
+        found = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in variables.items()) or "no arrays"
+        raise UserError(f"{path}: found {found}; expected X uint8 (32,32,3,N) and N labels y from 1 to 10")
+    # (N,3,column,row): MATLAB's first index runs fastest. X.base is the memory of X, spare bytes included.
+    images = X.base.reshape(-1, 3, 32, 32)
+    for i in range(0, y.size, 1000):
+        part = images[i:min(i + 1000, y.size)]
+        part[:] = part.swapaxes(2, 3).copy()  # (N,3,row,column)
+    images[y.size:] = joined
+    return torch.from_numpy(images), y.reshape(-1).astype(np.int64) % 10  # the digit 0 has label 10
+
+
+MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}  # stored
+MAT_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
+
+
+def read_mat(path, spare=0):
+    """The numeric arrays of a MATLAB 5 file (save -v6, -v7): {name: ndarray}, column-major as MATLAB has them.
+
+    Text, cells, structs, sparse and complex variables are left out. Arrays are inflated straight into place, so memory
+    peaks at their size; `spare` more bytes are reserved behind each. Raises UserError for a truncated, damaged or other
+    file.
+    """
+    try:
+        with open(path, "rb") as file:
+            return dict(mat_variables(file, os.fstat(file.fileno()).st_size, spare))
+    except (OSError, ValueError, MemoryError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole MATLAB 5 file ({error}); delete it and fetch it again") from None
+
+
+def mat_variables(file, end, spare):
+    """Yields (name, array). An element is a tag (type, bytes) and data: outermost a matrix (type 14), or one compressed
+    (15); inside a matrix flags, dimensions, name and values, each padded to 8 bytes, or in the tag if 4 are enough."""
+    header = file.read(128)
+    if len(header) < 128 or header[124:] not in (b"\0\1IM", b"\1\0MI"):
+        raise ValueError("its header is another; of MATLAB's formats, version 7.3 is not supported")
+    order = "<" if header[126:] == b"IM" else ">"
+
+    def read(stream, n):
+        data = stream.read(n)
+        if len(data) < n:
+            raise ValueError("it ends too early")
+        return data
+
+    def read_tag(stream):  # type, bytes, the data if in the tag
+        tag = read(stream, 8)
+        kind, size = struct.unpack(order + "II", tag)
+        return (kind, size, None) if kind < 65536 else (kind % 65536, min(kind >> 16, 4), tag[4:])
+
+    def read_short(stream):
+        kind, size, data = read_tag(stream)
+        if kind not in MAT_TYPES or size > 1024:
+            raise ValueError(f"{size} bytes of type {kind} where a variable is described")
+        return np.frombuffer((data or read(stream, size + -size % 8))[:size], order + MAT_TYPES[kind])
+
+    while file.tell() < end:
+        outer, size, _ = read_tag(file)
+        start = file.tell()
+        if outer not in (14, 15) or start + size > end:
+            raise ValueError(f"an element of type {outer} at byte {start - 8} of {end} needs {size} bytes")
+        inflated = Inflated(file, size) if outer == 15 else None
+        stream = io.BufferedReader(inflated, 65536) if inflated else file
+        if inflated and read_tag(stream)[0] != 14:
+            raise ValueError("a compressed element is no matrix")
+        flags, shape, name = read_short(stream), read_short(stream), read_short(stream).tobytes().decode("latin1")
+        if flags.size == 0 or flags.dtype.kind != "u" or shape.dtype.kind not in "iu" or not 2 <= shape.size <= 32:
+            raise ValueError(f"variable {name!r} is not described as a matrix")
+        meant = MAT_CLASSES.get(int(flags[0]) & 255)
+        if meant and not flags[0] & 0x800:  # 0x800: complex
+            kind, n, data = read_tag(stream)
+            shape, stored = [int(length) for length in shape], np.dtype(order + MAT_TYPES.get(kind, "V1"))
+            # Compare before allocating; deflate gains less than a factor of 1,040.
+            if min(shape) < 0 or math.prod(shape) * stored.itemsize != n or n > size * 1040 or stored.kind == "V":
+                raise ValueError(f"variable {name!r} of shape {shape} has {n} bytes of type {kind}")
+            memory = np.empty(n + spare, np.uint8)
+            if data:
+                memory[:n] = np.frombuffer(data[:n], np.uint8)
+            elif stream.readinto(memory[:n]) < n:
+                raise ValueError(f"it ends within variable {name!r}")
+            if inflated and (len(stream.read(9)) > 8 or not inflated.decoder.eof):  # eof: zlib's check sum was right
+                raise ValueError(f"variable {name!r} does not end where it should")
+            array = memory[:n].view(stored).reshape(shape, order="F")
+            yield name, array.astype(meant, copy=False)  # MATLAB stores whole doubles in smaller types
+        file.seek(start + size)
+
+
+class Inflated(io.RawIOBase):
+    """The next `size` bytes of `file`, decompressed piece by piece into the reader's own buffer."""
+    def __init__(self, file, size):
+        self.file, self.left, self.decoder = file, size, zlib.decompressobj()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        data = b""
+        while not data and not self.decoder.eof:
+            packed = self.decoder.unconsumed_tail or self.file.read(min(self.left, 65536))
+            if not self.decoder.unconsumed_tail:
+                self.left -= len(packed)
+            if not packed:
+                break
+            data = self.decoder.decompress(packed, len(buffer))
+        buffer[:len(data)] = data
+        return len(data)
+
+
+def read_cifar10(files, config):
+    """Images (N,3,32,32) and labels (N,) of some of CIFAR-10's Python batches."""
+    folder = Path(config.data_dir) / "cifar-10-batches-py"
+    if not all((folder / file).exists() for file in sum(BATCHES.values(), [])):
+        unpack_cifar10(fetch("cifar-10-python.tar.gz", config), folder)
+    images, labels = (np.concatenate(parts) for parts in zip(*(read_batch(folder / file) for file in files)))
+    return torch.from_numpy(images).view(-1, 3, 32, 32), labels.astype(np.int64)
+
+
+def read_batch(path):
+    try:
+        batch = Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+        images, labels = unpickled(batch["data"]), unpickled(batch["labels"])
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise UserError(f"{path}: no readable CIFAR-10 batch ({error!r}); delete it to unpack it again") from None
+    if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072 or not len(images) \
+            or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not set(labels) <= set(range(10)):
+        raise UserError(f"{path}: data {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}; expected "
+                        "uint8 (N,3072) and N labels from 0 to 9")
+    return images, labels
+
+
+class Pickled:
+    """Stands in for numpy's arrays and dtypes while unpickling: it keeps what the file says and runs none of it."""
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class Unpickler(pickle._Unpickler):
+    """Admits arrays and plain containers only. It is the version in Python because the C one lets a damaged file make
+    it allocate gigabytes, by an object's number; here that leaves BYTEARRAY8, which CIFAR has no use for."""
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+
+    def find_class(self, module, name):
+        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") \
+                and name in ("_reconstruct", "ndarray", "dtype"):
+            return Pickled
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+            return lambda text, encoding: text.encode("latin1")
+        raise pickle.UnpicklingError(f"it wants {name} of {module}")
+
+
+def unpickled(value):
+    """The array that a Pickled describes, or a list of numbers as an array."""
+    if not isinstance(value, Pickled):
+        return np.array(value)
+    _, shape, dtype, fortran, data = value.state
+    kind, order = (v.decode() if isinstance(v, bytes) else v for v in (dtype.args[0], dtype.state[1]))
+    return np.frombuffer(data, np.dtype(kind).newbyteorder(order)).reshape(shape, order="F" if fortran else "C")
+
+
+def unpack_cifar10(archive, folder):
+    """Writes the six batches, and nothing else, from the archive into `folder`."""
+    missing = set(sum(BATCHES.values(), []))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive, "r|gz") as tar:  # '|': read once from front to back
+            for member in tar:
+                file = member.name.removeprefix("cifar-10-batches-py/")
+                if file in missing and member.isreg():  # so no name or link in the archive decides where a file goes
+                    with open(folder / f"{file}.part", "wb") as out:
+                        shutil.copyfileobj(tar.extractfile(member), out)
+                        out.flush()
+                        os.fsync(out.fileno())
+                    os.replace(folder / f"{file}.part", folder / file)
+                    missing.remove(file)
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"{archive}: cannot be unpacked to {folder} ({error}); delete it to fetch it again") from None
+    if missing:
+        raise UserError(f"{archive}: holds no {', '.join(sorted(missing))}; delete it to fetch it again")
+
+
+def fetch(file, config):
+    """The path of an official file in `config.data_dir`, downloaded if it is not there."""
+    path, (url, md5, size) = Path(config.data_dir) / file, DOWNLOADS[file]
+    if not path.exists():
+        download(url, path, md5, size)
+    return path
+
+
+def download(url, path, md5, size):
+    """Fetches `url` to `path`: continues an interrupted PATH.part, checks bytes and MD5, and only then renames it."""
+    part = Path(f"{path}.part")
+    print(f"fetching {url} ({size / 1e6:.0f} MB) to {path}", file=sys.stderr)
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        have, before = part.stat().st_size if part.exists() else 0, -1
+        while before < have < size:  # go on as long as every connection brings something
+            before = have
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=30) as response, \
+                    open(part, "ab" if response.status == 206 else "wb") as file:  # 200: from the start, after all
+                while file.tell() <= size and (data := response.read(1 << 20)):
+                    file.write(data)
+                    if sys.stderr.isatty():
+                        print(f"\r{file.tell() / size:4.0%}", end="\r", file=sys.stderr)
+                file.flush()
+                os.fsync(file.fileno())
+                have = file.tell()
+        if have < size:
+            raise OSError(f"the connection ended after {have:,} of {size:,} bytes")
+        digest = hashlib.md5(usedforsecurity=False)
+        with open(part, "rb") as file:
+            while data := file.read(1 << 20):
+                digest.update(data)
+        if digest.hexdigest() != md5:
+            part.unlink()
+            raise OSError(f"its MD5 is {digest.hexdigest()}, expected {md5}")
+        os.replace(part, path)
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{path} is missing and could not be fetched ({error}): run again where there is a network, or "
+                        f"put a copy of {url} there") from None
+
+
+# Strokes of the digits 0-9 on a grid of 5 columns and 9 rows: "20" is column 2, row 0. A comma starts a new stroke.
+# The points steer a quadratic B-spline, so corners come out round; a doubled point stays sharp.
+TYPEFACES = (
+    "20 40 48 08 00 20|11 20 20 28|02 00 40 44 08 08 48|01 00 40 44 24 24 44 48 08 07|36 06 06 30 30 38|"
+    "40 00 00 03 03 43 48 08 07|41 40 00 08 48 43 03 05|00 40 40 18|24 04 00 40 44 24,24 04 08 48 44 24|"
+    "07 08 48 40 00 05 45 43",
+    "20 40 48 08 00 20|02 20 20 28,08 48|03 00 40 43 16 08 08 48|00 40 40 23 23 43 48 08 07|10 05 05 45,33 38|"
+    "40 10 10 03 03 43 48 08 07|30 04 08 48 44 14 05|01 00 00 40 40 24 28,14 44|20 00 03 45 48 08 05 43 40 20|"
+    "43 44 04 00 40 43 38 18")
+
+
+@functools.lru_cache
+def digit_fields():
+    """The distance to the nearest stroke at points 1/4 column apart, each typeface round and square: (4,10,53,41)."""
+    y, x = np.mgrid[-2.5:10.6:0.25, -3:7.1:0.25].astype(np.float32)
+    fields = []
+    for face, square in [(face, square) for face in TYPEFACES for square in (False, True)]:
+        for strokes in face.split("|"):
+            field = np.full(x.shape, 9, np.float32)
+            for stroke in strokes.split(","):
+                p = np.array([[int(c) for c in point] for point in stroke.split()], np.float32)
+                if square:  # midpoints pull the spline towards its corners
+                    p = np.insert(p, np.arange(1, len(p)), (p[1:] + p[:-1]) / 2, axis=0)
+                for _ in range(3):  # Chaikin: cutting corners again and again leads to the spline
+                    cut = np.stack([0.75 * p[:-1] + 0.25 * p[1:], 0.25 * p[:-1] + 0.75 * p[1:]], 1).reshape(-1, 2)
+                    p = np.concatenate([p[:1], cut, p[-1:]])
+                for (ax, ay), (dx, dy) in zip(p[:-1], p[1:] - p[:-1]):
+                    t = np.clip(((x - ax) * dx + (y - ay) * dy) / max(dx * dx + dy * dy, 1e-9), 0, 1)
+                    field = np.minimum(field, np.hypot(x - ax - t * dx, y - ay - t * dy))
+            fields.append(field)
+    return torch.from_numpy(np.stack(fields)).view(-1, 10, *x.shape)
+
+
+def make_digits(n, seed):
+    """n pictures of a house number's digit and parts of its neighbours: uint8 (n,3,32,32) and labels int64 (n,).
+
+    The same seed gives the same pictures whatever n is (a shorter run is the beginning of a longer one).
+    """
+    fields, axis = digit_fields(), torch.linspace(-15.5, 15.5, 32)
+    images, labels, b = torch.empty((n, 3, 32, 32), dtype=torch.uint8), torch.empty(n, dtype=torch.int64), 250
+
+    def between(low, high):  # uniform, one number for each image
+        return torch.from_numpy(rng.uniform(low, high, (b, 1, 1, 1)).astype(np.float32))
+
+    def normal(scale, *shape):
+        return torch.from_numpy(rng.standard_normal((b, *shape), np.float32)) * scale
+
+    def smooth(scale, channels, points):  # a random surface through points x points heights
+        return F.interpolate(normal(scale, channels, points, points), (32, 32), mode="bicubic", align_corners=True)
+
+    for first in range(0, n, b):
+        rng = np.random.default_rng([seed, first])
+        digits = rng.integers(0, 10, (b, 3))  # left, middle, right
+        field = fields[rng.integers(0, len(fields), (b, 1)), digits].view(3 * b, 1, *fields.shape[2:])
+        # The point of the drawing that each pixel shows: shifted, bent, turned, slanted, scaled.
+        bend, angle, size = smooth(0.85, 2, 5), between(-0.26, 0.26), between(2.3, 3.1)  # px, rad, px a column
+        x = axis.view(1, 1, 1, 32) + bend[:, :1] + between(-1.8, 1.8)
+        y = axis.view(1, 1, 32, 1) + bend[:, 1:] + between(-1.8, 1.8)
+        x, y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+        x, y = (x + y * between(-0.28, 0.28)) / (size * between(0.82, 1.3)), y / size
+        # The distance to the strokes of three digits side by side makes ink, and in some an outline around it.
+        half, soft = between(0.32, 0.82), between(0.15, 0.6)  # half a stroke's width
+        pitch = 4 + 2 * half + between(0.5, 2.5)
+        x = torch.cat([x + pitch, x, x - pitch], 1)
+        where = torch.stack([x / 5, (y / 6.5).expand_as(x)], -1).view(3 * b, 32, 32, 2)
+        distance = F.grid_sample(field, where, padding_mode="border", align_corners=True).view(b, 3, 32, 32)
+        distance = distance.amin(1, keepdim=True)
+        ink = ((half - distance) / soft + 0.5).clamp(0, 1)
+        outline = ((half + 0.7 - distance) / soft + 0.5).clamp(0, 1) * (between(0, 1) < 0.25)
+        # Colours: dark on light or light on dark, on a stained wall in uneven light; then blur and noise.
+        contrast = between(0.22, 0.7)
+        grey, sign = 0.5 + between(-1, 1) * (0.42 - contrast / 2), between(-1, 1).sign()
+        wall = grey - sign * contrast / 2 + normal(0.05, 3, 1, 1)
+        image = wall + smooth(0.04, 3, 4)
+        image = torch.lerp(image, wall + normal(0.1, 3, 1, 1), outline)
+        image = torch.lerp(image, grey + sign * contrast / 2 + normal(0.05, 3, 1, 1), ink)
+        image = image * (1 + between(-0.01, 0.01) * axis.view(32, 1) + between(-0.01, 0.01) * axis)
+        blurred = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        image = torch.lerp(image, blurred, between(0, 1)) + normal(1, 3, 32, 32) * between(0.01, 0.045)
+        images[first:first + b] = (image * 255).clamp(0, 255).byte()[:n - first]
+        labels[first:first + b] = torch.from_numpy(digits[:, 1])[:n - first]
+    return images, labels
+
+
+# ---- Checkpoints, progress, results ----------------------------------------------------------------------------------
+VERSION = 1
+SAVE_EVERY, REPORT_EVERY = 60.0, 1.0  # seconds; the first is what a killed run loses at most
+
+
+class Stopped(Exception):
+    """Ctrl-C: the state is saved, and the message says how to go on."""
+
+
+class Run:
+    """One output folder: checkpoint.pt, NAME.pt for each finished generation, results.json, log.jsonl; and the progress
+    line. Files are written under a temporary name, flushed to the disk and renamed: a kill leaves the old one or the
+    new. Of a distributed run only rank 0 writes and prints. A generation goes through
+    finished() -> restored_pseudo() -> begin() -> restore() -> due(), report() ... -> finish()."""
+
+    def __init__(self, config, data):
+        self.config, self.data, self.folder, self.main = config, data, Path(config.out), world_of()[0] == 0
+        self.state, self.records, self.stopping = None, [], False
+        path = self.folder / "checkpoint.pt"
+        if config.resume and path.exists():
+            self.state = load_file(path, "checkpoint")
+            self.records = self.state["generations"]
+            same_config(path, self.state["config"], identity(config))
+        elif self.main and not config.resume and self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} is not empty: expected a new output folder; add --resume to go on with the run "
+                            "in it, or choose another --out")
+        if self.main:
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.log = open(self.folder / "log.jsonl", "ab", buffering=0)
+                self.log.truncate(self.state["log_bytes"] if self.state else 0)
+            self.save(self.state or {"name": None})  # an --out that cannot be written is found now, not in an hour
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, self.stop)
+
+    def stop(self, *_):
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        print("\nstopping after this step (again: at once) ...", file=sys.stderr, flush=True)
+
+    def finished(self, name):
+        """The saved network of a generation that an earlier, interrupted run finished, or None."""
+        if any(r["name"] == name for r in self.records):
+            return load_model(self.model_path(name), self.data.labels.device)[0]
+
+    def restored_pseudo(self, name):
+        return Pseudo(*self.state["pseudo"]) if self.state and self.state["name"] == name else None
+
+    def begin(self, name, network, pseudo=None):
+        self.name, self.network, self.pseudo, self.seconds = name, network, pseudo, 0.0
+        self.images = self.images_before = self.images_seen = 0  # trained on; before this process began; at the last report
+        self.started = self.seen = self.shown = self.saved = time.monotonic()
+        return self
+
+    def restore(self, model, ema, optimizer):
+        """Put a saved state of this generation back -> the step to go on from."""
+        if not self.state or self.state["name"] != self.name:
+            return 0
+        state, self.state = self.state, None
+        model.load_state_dict(state["model"])
+        ema.model.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.updates, self.seconds = state["updates"], state["seconds"]
+        self.images = self.images_before = self.images_seen = state["images"]
+        return state["step"]
+
+    def due(self):
+        return self.stopping or time.monotonic() - self.seen >= REPORT_EVERY
+
+    def report(self, step, steps, lr, loss_labeled, loss_unlabeled, model, ema, optimizer):
+        """Show and log the progress; save every minute, at the end and when asked to stop."""
+        now = time.monotonic()
+        seconds = self.seconds + now - self.started
+        if self.main:
+            rate = (self.images - self.images_seen) / max(now - self.seen, 1e-9)
+            left = (steps - step) * self.images / step * (now - self.started) / max(1, self.images - self.images_before)
+            unlabeled = f"U {loss_unlabeled:.3f}" if self.pseudo else " " * 7
+            line = (f"{self.name:<12} {self.network:<6} step {step:>6}/{steps}  L {loss_labeled:.3f}  {unlabeled}  "
+                    f"{rate:6.0f} img/s  {clock(left)} left")
+            if sys.stdout.isatty():
+                print("\r" + line, end="\n" if step == steps else "", flush=True)
+            elif now - self.shown > 30 or step == steps:
+                print(line, flush=True)
+                self.shown = now
+            self.log.write(json.dumps(dict(
+                generation=self.name, step=step, learning_rate=lr, loss_labeled=loss_labeled, seconds=round(seconds, 2),
+                loss_unlabeled=loss_unlabeled if self.pseudo else None, images_per_second=round(rate))).encode() + b"\n")
+        self.seen, self.images_seen = now, self.images
+        if now - self.saved >= SAVE_EVERY or step == steps or self.stopping:
+            self.save(dict(name=self.name, step=step, model=model.state_dict(), ema=ema.model.state_dict(),
+                           updates=ema.updates, optimizer=optimizer.state_dict(), images=self.images, seconds=seconds,
+                           pseudo=tuple(self.pseudo) if self.pseudo else None))
+        if self.stopping:
+            raise Stopped(f"stopped at step {step} of {self.name}, nothing is lost; go on with: "
+                          f"python noisy_student.py --resume --out {self.folder}")
+
+    def save(self, state):
+        if self.main:
+            save_file(self.folder / "checkpoint.pt", "checkpoint", state | dict(
+                config=identity(self.config), generations=self.records, log_bytes=self.log.tell()))
+        self.saved = time.monotonic()
+
+    def model_path(self, name):
+        return self.folder / f"{name.replace(' ', '_')}.pt"
+
+    def finish(self, name, network, model, pseudo=None, size=None):
+        """Evaluate a trained generation, save its network and add its line to the results."""
+        data, config = self.data, self.config
+        seconds = self.seconds + time.monotonic() - self.started
+        self.records = self.records + [{
+            "name": name, "model": network, "params": sum(w.numel() for w in model.parameters()),
+            "images_seen": self.images, "seconds": round(seconds, 2),
+            "kept": pseudo.kept if pseudo else None, "balanced": len(pseudo.rows) if pseudo else None,
+            "dev_error": error_rate(model, data.dev_images, data.dev_labels, data, config, size),
+            "test_error": error_rate(model, data.test_images, data.test_labels, data, config, size),
+            # The paper measures robustness without the fix-resolution fine-tune.
+            "robustness": measure_robustness(model, data, config) if config.robustness and size is None else None}]
+        self.robustness = self.compare()
+        if self.main:
+            save_model(self.model_path(name), model, network, data)
+        self.state = None
+        self.save({"name": None})
+        self.write_results()
+
+    def compare(self):
+        """Fill in mCE and mFR relative to the supervised control -> the table, or None."""
+        reports = {r["name"]: r["robustness"] for r in self.records if r["robustness"]}
+        return robustness_table(reports) if reports else None
+
+    def write_results(self):
+        results = {"config": asdict(self.config), "generations": self.records}
+        if self.main:
+            text = json.dumps(results, indent=1).encode() + b"\n"
+            with writing(self.folder):
+                replace_file(self.folder / "results.json", lambda file: file.write(text))
+        return results
+
+    def close(self):
+        """Print the tables -> the results."""
+        results = self.write_results()
+        if self.main:
+            self.log.close()
+            print("\n" + "\n\n".join(filter(None, [results_table(self.records), self.compare()])))
+            print(f"\nwrote {self.folder / 'results.json'}")
+            if self.config.plot:
+                plot(self.config, self.data, self.records)
+        return results
+
+
+def identity(config):
+    """The part of a configuration that decides the results: what --resume compares."""
+    skip = {f.name for f in fields(Config) if f.metadata.get("action")} | {"out", "plot", "memory"}
+    return {name: value for name, value in asdict(config).items() if name not in skip}
+
+
+def same_config(path, saved, wanted):
+    for name, value in wanted.items():
+        if name in saved and saved[name] != value:
+            raise UserError(f"{path} was made with {name} = {saved[name]}, and this run has {name} = {value}: drop the flag, "
+                            "or choose another --out for a new run")
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn a failure to write into one line (torch reports a full disk as a RuntimeError)."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}; make room, or choose "
+                        "another --out (the files already there are intact)") from None
+
+
+def first_line(error):
+    return str(error).partition("\n")[0][:120]
+
+
+def replace_file(path, write):
+    """Call write(file) on a temporary file beside `path`, flush it to the disk and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_file(path, kind, content):
+    with writing(path):
+        replace_file(path, lambda file: torch.save(content | {"kind": kind, "version": VERSION}, file))
+
+
+def load_file(path, kind):
+    """What save_file wrote: tensors and plain values only, of this kind and version."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise UserError(f"{path} is not a {kind} that can be read ({first_line(error)}): expected one that a run of this "
+                        "program wrote; delete it or choose another") from None
+    found = (content.get("kind"), content.get("version")) if isinstance(content, dict) else type(content).__name__
+    if found != (kind, VERSION):
+        raise UserError(f"{path}: found {found}, expected a {kind} of version {VERSION}; use the program that wrote it")
+    return content
+
+
+def save_model(path, model, network, data):
+    save_file(path, "model", dict(network=network, num_classes=data.num_classes, mean=data.mean.cpu(), std=data.std.cpu(),
+                                  small_images=is_small(data), weights=model.state_dict()))
+
+
+def load_model(path, device):
+    """(network in evaluation mode, the file's other entries)."""
+    info = load_file(path, "model")
+    model = EfficientNet(info["network"], info["num_classes"], small_images=info["small_images"])
+    model.load_state_dict(info.pop("weights"))
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), info
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def results_table(records):
+    rows = [("generation", "network", "parameters", "kept", "balanced", "dev error", "test error", "images seen", "time")]
+    for r in records:
+        kept, balanced = (f"{r[k]:,}" if r[k] else "-" for k in ("kept", "balanced"))
+        rows.append((r["name"], r["model"], f"{r['params']:,}", kept, balanced, f"{r['dev_error']:.2%}",
+                     f"{r['test_error']:.2%}", f"{r['images_seen']:,}", clock(r["seconds"])))
+    return align(rows)
+
+
+def align(rows):
+    """Columns of text: the first left-aligned, the others right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+                     for row in rows)
+
+
+def plot(config, data, records):
+    """OUT/noisy_student.png: error by generation, training curves, what teacher and student see, robustness."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib, then --resume --plot draws this finished run") from None
+    folder, names = Path(config.out), [r["name"] for r in records]
+    figure, grid = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    (errors, curves, table), (corrupted, attacked, _) = grid
+    errors.bar(names, [100 * r["test_error"] for r in records], color=["grey"] + ["tab:blue"] * (len(names) - 1))
+    errors.set(title="test error, %")
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for name in names:
+        mine = [e for e in entries if e["generation"] == name]
+        line, = curves.plot([e["step"] for e in mine], [e["loss_labeled"] for e in mine], label=name)
+        if mine and mine[0]["loss_unlabeled"] is not None:
+            curves.plot([e["step"] for e in mine], [e["loss_unlabeled"] for e in mine], ":", color=line.get_color())
+    curves.set(title="loss: labelled (line), unlabelled (dots)", xlabel="step")
+    curves.legend()
+    reports = {r["name"]: r["robustness"] for r in records if r["robustness"]}
+    for k, (name, r) in enumerate(reports.items()):
+        mean = [100 * float(np.mean(e)) for e in r["corruption_errors"].values()]
+        corrupted.barh(np.arange(len(mean)) + 0.2 * k, mean, 0.2, label=f"{name}: mCE {r['mce'] or math.nan:.0f}")
+        attacked.plot([int(e) for e in r["fgsm"]], [100 * e for e in r["fgsm"].values()], "o-", label=name)
+        corrupted.set_yticks(np.arange(len(mean)), list(r["corruption_errors"]))
+        corrupted.legend()
+        attacked.legend()
+    corrupted.set(title="error under corruptions, %")
+    attacked.set(title="error under FGSM, %", xlabel="epsilon, in 0-255 units")
+    # A strip of unlabelled images: what the teacher labels (clean) above what the student learns from (noised).
+    device = data.labels.device
+    images = gather(data.unlabeled_images, torch.arange(min(6, len(data.unlabeled_images))), device)
+    p = pseudo_label(load_model(folder / "teacher.pt", device)[0], images, data, config)
+    noised = add_noise(images, config, data.flip)
+    strip = torch.cat([torch.cat([*pair], 1) for pair in zip(images, noised)], 2)                           # (3,2H,6W)
+    table.imshow(strip.permute(1, 2, 0).cpu())
+    W = images.shape[3]
+    table.set_xticks([W * (k + 0.5) for k in range(len(images))], [f"{int(q.argmax())}\n{q.max():.2f}" for q in p])
+    table.set(title="teacher's view, student's view; pseudo label, confidence", yticks=[])
+    grid[1, 2].axis("off")
+    figure.savefig(folder / "noisy_student.png", dpi=80)
+
+
+# ---- Machine and command line ----------------------------------------------------------------------------------------
+def world_of():
+    """(rank, number of processes); (0, 1) outside torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def setup(config):
+    """Choose the device, and join the other processes under torchrun -> torch.device."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {config.device} cannot be used ({first_line(error)}): expected auto, cpu, or a GPU of "
+                        "this machine") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world = efficientnet.SHARD = world_of()
+    if config.batch % world:
+        raise UserError(f"--batch {config.batch} cannot be shared by {world} processes: expected a multiple of {world}")
+    return device
+
+
+def benchmark(config):
+    """Print images/s of augmentation, labelling and a student step, and the peak memory, on random images."""
+    device = setup(config)
+    data, pseudo = random_data(config, device)
+    images = data.unlabeled_images[:config.batch * (1 + config.ratio)]
+    print(f"{device}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads; random 32x32 images; a step has "
+          f"{config.batch} labelled and {len(images) - config.batch} unlabelled ones")
+    seconds = timed(lambda: add_noise(images, config, data.flip), device)
+    rows = [("network", "augmentation img/s", "labelling img/s", "student step img/s", "ms per step")]
+    for network in dict.fromkeys(config.models):
+        model = build(network, data, config).eval()
+        label = timed(lambda: pseudo_label(model, data.unlabeled_images, data, config), device)
+        step = step_seconds(network, data, pseudo, config)
+        rows.append((network, f"{len(images) / seconds:.0f}", f"{len(data.unlabeled_images) / label:.0f}",
+                     f"{len(images) / step:.0f}", f"{1000 * step:.1f}"))
+    if device.type == "cuda":
+        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the device"
+    else:
+        import resource  # absent on Windows
+        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, the whole process"
+    print(f"{align(rows)}\npeak memory: {peak}")
+
+
+def random_data(config, device):
+    """Random images and pseudo labels of the data set's shapes, for timing."""
+    n = max(1000, config.batch * config.ratio)
+    images, labels = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8), torch.arange(n) % 10
+    data = Data(images, labels, images, images, labels, images, labels, 10, torch.full((3,), 0.5), torch.full((3,), 0.25),
+                config.dataset == "cifar10")
+    return data.to(device, config.memory), Pseudo(torch.arange(n), torch.full((n, 10), 0.1), n)
+
+
+def timed(function, device, seconds=2.0):
+    """Median seconds per call, after one to warm up."""
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def step_seconds(network, data, pseudo, config):
+    """Seconds per training step: the training loop itself, 5 steps less 1."""
+    model, device = build(network, data, config), data.labels.device
+    one, five = (timed(lambda: train(model, data, config, pseudo, steps=n), device, n) for n in (1, 5))
+    return max(five - one, 1e-9) / 4
+
+
+def dry_run(config):
+    """Print every value with its source, and the time that the run would take here."""
+    device, recipe = setup(config), recipe_of(config.preset, config.dataset)
+    for f in fields(Config):
+        if not f.metadata.get("action"):
+            value = getattr(config, f.name)
+            preset = f.name in recipe and recipe[f.name] == value
+            origin = "preset" if preset else "default" if value == f.default else "flag"
+            print(f"{f.name:<22} {str(value):<26} {origin:<8} {f.metadata['source']}")
+    data, pseudo = random_data(config, device)
+    plan = [("supervised", config.models[-1], config.steps, None),
+            ("teacher", config.models[0], config.teacher_steps or config.steps, None)]
+    plan += [(f"student {k}", network, config.steps, pseudo) for k, network in enumerate(config.models[1:], 1)]
+    print(f"\nestimated training time on {device}, from a few steps on random 32x32 images:")
+    total = 0.0
+    for name, network, steps, part in plan:
+        seconds = step_seconds(network, data, part, config) * steps
+        total += seconds
+        print(f"{name:<12} {network:<6} {steps:>8,} steps {seconds / 60:10.1f} min")
+    print(f"{'all':<34} {total / 60:10.1f} min")
+
+
+def evaluate(config):
+    """Measure a saved network again: dev and test error, and its robustness beside that of the supervised control."""
+    device = setup(config)
+    data = load_data(config).to(device, config.memory)
+    model, info = load_model(config.evaluate, device)
+    if info["num_classes"] != data.num_classes or info["small_images"] != is_small(data):
+        raise UserError(f"{config.evaluate} is for {info['num_classes']} classes, and {config.dataset} has {data.num_classes} "
+                        "(or images of another size): give the --dataset it was trained on")
+    data = replace(data, mean=info["mean"].to(device), std=info["std"].to(device))
+    for part, images, labels in (("dev", data.dev_images, data.dev_labels), ("test", data.test_images, data.test_labels)):
+        print(f"{part} error {error_rate(model, images, labels, data, config):.2%}")
+    if config.robustness:
+        beside = [Path(config.evaluate).with_name("supervised.pt"), Path(config.evaluate)]
+        reports = {path.stem: measure_robustness(load_model(path, device)[0], data, config)
+                   for path in dict.fromkeys(beside) if path.exists()}
+        print(robustness_table(reports, reference=next(iter(reports))))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def recipe_of(preset, dataset):
+    recipes = PRESETS[preset]
+    recipe = recipes.get(dataset, recipes.get("folder"))
+    if recipe is None:
+        raise UserError(f"--preset {preset} has no recipe for {dataset!r}: expected --dataset {' or '.join(recipes)}")
+    return recipe
+
+
+def parse_args(argv=None):
+    """Command line -> Config. Its fields are the flags; the preset of the data set fills in what no flag gives."""
+    parser = Parser(prog="noisy_student.py", description="Noisy Student Training", argument_default=argparse.SUPPRESS,
+                    allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, 60, 32, 120))
+    hints = typing.get_type_hints(Config)
+    for f in fields(Config):
+        kinds = [kind for kind in typing.get_args(hints[f.name]) if kind is not type(None)] or [hints[f.name]]
+        more = {"help": f.metadata["source"].replace("%", "%%")}
+        if kinds == [bool]:
+            more["action"] = "store_true" if f.metadata.get("action") else argparse.BooleanOptionalAction
+        elif f.name == "models":
+            more |= dict(nargs="+", metavar="NETWORK")
+        elif f.name == "interval":
+            more |= dict(nargs=2, type=float, metavar=("LOW", "HIGH"))
+        else:
+            none = type(None) in typing.get_args(hints[f.name])
+            more |= dict(type=optional(kinds[0]) if none else kinds[0], choices=f.metadata.get("choices"))
+            more |= {} if more["choices"] else {"metavar": kinds[0].__name__.upper()}
+        parser.add_argument("--" + f.name.replace("_", "-"), **more)
+    parser.add_argument("--pretrain-then-finetune", dest="joint", action="store_false", help="the same as --no-joint")
+    given = vars(parser.parse_args(argv))
+    given |= {name: tuple(given[name]) for name in ("models", "interval") if name in given}
+    preset, dataset = given.get("preset", "demo"), given.get("dataset", "digits")
+    folder = "runs/" + (Path(dataset).name or "folder")
+    if given.get("resume"):  # the saved configuration, which a flag may repeat but not change
+        path = Path(given.setdefault("out", folder)) / "checkpoint.pt"
+        if path.exists():
+            saved = load_file(path, "checkpoint")["config"]
+            same_config(path, saved, given)
+            return Config(**saved | given)
+    return complete(Config(**recipe_of(preset, dataset) | given))
+
+
+def optional(kind):
+    """An argparse type that also takes none and all, which mean None."""
+    def convert(text):
+        return None if text in ("none", "all") else kind(text)
+    convert.__name__ = kind.__name__  # argparse prints it
+    return convert
+
+
+def out_of_memory(config):
+    """One line with a labelled batch that would fit, from the peak that one step of an eighth of the batch needs."""
+    try:
+        torch.cuda.empty_cache()
+        small = replace(config, batch=max(1, config.batch // 8), compile=False)
+        device = setup(small)
+        data, pseudo = random_data(small, device)
+        base = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        train(build(config.models[-1], data, small), data, small, pseudo, steps=2)
+        each = (torch.cuda.max_memory_allocated() - base) / small.batch
+        fits = int(0.9 * torch.cuda.mem_get_info()[0] / each)
+    except torch.OutOfMemoryError:
+        fits = config.batch // 8
+    return (f"the GPU is out of memory with --batch {config.batch} and {config.ratio} times as many unlabelled images: about "
+            f"--batch {max(1, min(fits, config.batch // 2))} would fit; choose that, a lower --ratio, or smaller --models")
+
+
+def main(argv=None):
+    """Run the command line -> exit status: 0 done, 2 an error that one line explains, 130 stopped by Ctrl-C."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        config = parse_args(argv)
+        (dry_run if config.dry_run else benchmark if config.benchmark else evaluate if config.evaluate else noisy_student)(config)
+        return 0
+    except UserError as error:
+        print(f"noisy_student.py: error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(f"noisy_student.py: error: {out_of_memory(config)}", file=sys.stderr)
+        return 2
+    except (Stopped, KeyboardInterrupt) as stop:
+        print(f"\nnoisy_student.py: {stop or 'interrupted; what was saved is at most a minute old: add --resume'}", file=sys.stderr)
+        return 130
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers:
+                signal.signal(number, handler)
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

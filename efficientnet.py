@@ -4,7 +4,6 @@ network and its folding for labelling, the published weights, command line. `pyt
 family beside the published figures. Shapes: N images, C channels, H and W height and width, K classes."""
 import argparse, copy, math, pickle, sys
 from typing import NamedTuple
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -20,8 +19,8 @@ class Scaling(NamedTuple):
     test_resolution: int | None = None      # where it is not the training resolution
 FAMILY = {
     "nano": Scaling(0.2, 0.3, 32, 0.2),     # nano, micro, tiny are not from the papers:
-    "micro": Scaling(0.25, 0.4, 32, 0.2),    # below B0, so that a CPU can grow students
-    "tiny": Scaling(0.35, 0.4, 32, 0.2),
+    "micro": Scaling(0.25, 0.3, 32, 0.2),    # below B0, so that a CPU can grow students
+    "tiny": Scaling(0.3, 0.3, 32, 0.2),
     "b0": Scaling(width=1.0, depth=1.0, resolution=224, dropout=0.2),
     "b1": Scaling(width=1.0, depth=1.1, resolution=240, dropout=0.2),
     "b2": Scaling(width=1.1, depth=1.2, resolution=260, dropout=0.3),
@@ -34,10 +33,9 @@ FAMILY = {
     "l1": Scaling(width=3.9, depth=3.7, resolution=380, dropout=0.5, test_resolution=600),
     "l2": Scaling(width=4.3, depth=5.3, resolution=475, dropout=0.5, test_resolution=800),
 }
-# What the command prints beside its own counts: parameters (1000 classes), 1e9 multiply-adds (EfficientNet table 2).
 PUBLISHED = {"b0": (5_288_548, 0.39), "b1": (7_794_184, 0.70), "b2": (9_109_994, 1.0), "b3": (12_233_232, 1.8),
              "b4": (19_341_616, 4.2), "b5": (30_389_784, 9.9), "b6": (43_040_704, 19), "b7": (66_347_960, 37),
-             "l0": (140_764_664, None), "l1": (272_630_564, None), "l2": (480_309_308, None)}
+             "l0": (140_764_664, None), "l1": (272_630_564, None), "l2": (480_309_308, None)}     # parameters, 1e9 MACs
 Stage = NamedTuple("Stage", [(field, int) for field in ("repeats", "kernel", "stride", "expansion", "filters")])
 STAGES = (Stage(repeats=1, kernel=3, stride=1, expansion=1, filters=16),
           Stage(repeats=2, kernel=3, stride=2, expansion=6, filters=24),
@@ -57,8 +55,7 @@ def round_filters(channels, width):
     rounded = max(8, int(channels * width + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels * width else rounded
 
-def round_repeats(repeats, depth):
-    """repeats * depth, rounded up (official code)."""
+def round_repeats(repeats, depth):              # rounded up (official code)
     return math.ceil(repeats * depth)
 
 def block_places(name):                         # (stage, repeat) of every block of a network, in order
@@ -73,8 +70,7 @@ def keep_randomly(x, shape, keep, training, noised=None):
         return x
     (rank, world), n = SHARD, len(x)
     noise = (torch.rand(n * world, *shape[1:], device=x.device)[rank::world] < keep).to(x.dtype) / keep
-    if noised is not None:
-        noise[noised:] = 1
+    noise[n if noised is None else noised:] = 1
     return x * noise
 
 def stochastic_depth(x, survival, training, noised=None):
@@ -124,24 +120,29 @@ class Conv(nn.Conv2d):
             return SmallDepthwise.apply(x, weight, s, (pad_h // 2, pad_w // 2))
         return F.conv2d(x, weight, self.bias, s, (pad_h // 2, pad_w // 2), 1, self.groups)
 
+class AllReduce(torch.autograd.Function):       # the sum over ranks, whose gradient is the sum of the ranks' gradients
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+    backward = forward
 class BatchNorm(nn.BatchNorm2d):
     """In distributed training, normalises by the global batch (equal shares), on CPUs too, unlike nn.SyncBatchNorm."""
     def forward(self, x):
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if world == 1 or not self.training:
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce                  # autograd sees through this one
         var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)          # (C,) each
         shift, count = mean - self.running_mean, x.numel() // self.num_features * world
-        shift, square = all_reduce(torch.stack([shift, var + shift ** 2])) / world  # about the moving mean: precise
+        shift, square = AllReduce.apply(torch.stack([shift, var + shift ** 2])) / world  # no cancellation
         mean, var = self.running_mean + shift, square - shift ** 2
         self.running_mean.lerp_(mean.detach(), self.momentum)
         self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
         scale = self.weight * torch.rsqrt(var + self.eps)
         return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
 
-class Unit(nn.Module):
-    """Convolution, batch-norm and, unless it ends a block, swish."""
+class Unit(nn.Module):                          # convolution, batch-norm and, unless it ends a block, swish
     def __init__(self, channels, filters, kernel=1, stride=1, groups=1, *, swish=True, momentum):
         super().__init__()
         self.conv, self.swish = Conv(channels, filters, kernel, stride, groups=groups, bias=False), swish
@@ -150,8 +151,7 @@ class Unit(nn.Module):
         x = self.norm(self.conv(x))
         return F.silu(x, inplace=not torch.is_grad_enabled()) if self.swish else x
 
-class Block(nn.Module):
-    """MBConv. The bottleneck of its squeeze-excite is a quarter of the block's *input* filters."""
+class Block(nn.Module):                         # MBConv; squeeze-excite by a quarter of the block's *input* filters
     def __init__(self, channels, filters, stage, stride, survival, momentum):
         super().__init__()
         expanded, squeezed = channels * stage.expansion, max(1, channels // 4)
@@ -200,7 +200,7 @@ class EfficientNet(nn.Module):
     def forward(self, x, noised=None):
         x = self.stem(x)                                                        # (N,C,H/2,W/2)
         for block in self.blocks:
-            x = block(x, noised)                                                        # in the end (N,C,H/32,W/32)
+            x = block(x, noised)                                                # in the end (N,C,H/32,W/32)
         x = self.head(x).mean((2, 3))                                           # (N,C)
         return self.classifier(keep_randomly(x, x.shape, 1 - self.dropout, self.training, noised))
     def train(self, mode=True):
@@ -227,10 +227,8 @@ def load_timm(model, state_dict):
              "head.norm": "bn2"}                # our modules -> timm's
     for i, (s, r) in enumerate(block_places(model.name)):
         ours, theirs = f"blocks.{i}.", f"blocks.{s}.{r}."
-        convs = {"expand": "conv_pw", "depthwise": "conv_dw", "project": "conv_pwl"}
-        if STAGES[s].expansion == 1:
-            convs = {"depthwise": "conv_dw", "project": "conv_pw"}
-        for number, (unit, conv) in enumerate(convs.items(), 1):
+        expand, project = ([("expand", "conv_pw")], "conv_pwl") if STAGES[s].expansion > 1 else ([], "conv_pw")
+        for number, (unit, conv) in enumerate([*expand, ("depthwise", "conv_dw"), ("project", project)], 1):
             names |= {f"{ours}{unit}.conv": theirs + conv, f"{ours}{unit}.norm": f"{theirs}bn{number}"}
         names |= {ours + "squeeze": theirs + "se.conv_reduce", ours + "excite": theirs + "se.conv_expand"}
     own, given = ({key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}   # not used
@@ -298,6 +296,5 @@ def main(argv=None):
         print(f"efficientnet.py: {error}", file=sys.stderr)
         return 2
     return 0
-
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,13 +10,15 @@ The noise is RandAugment (randaugment.py) on the images, dropout and stochastic 
 Shapes: N or B images in a batch, U unlabelled images in a batch, M unlabelled images in all, C channels, H, W pixels,
 K classes. Images are uint8 (N,3,H,W) tensors that live on the device; a batch is `images[rows]`.
 
-Rooms: configuration - Algorithm 1 (section 3) - training (3.1, appendix A.1) - pseudo labels (3, appendix A.1) -
-fix-resolution fine-tune (3.1) - robustness (4.3, appendix) - data - checkpoints - command line.
+Rooms: configuration - Algorithm 1 - training - pseudo labels - fix-resolution fine-tune - robustness - data -
+checkpoints - machine and command line. Sources: [v4] the final paper, [v1] and [v2] earlier versions of it on arXiv,
+[code] the official code, google-research/noisystudent. The README maps the paper's sections and tables to functions.
 Deviations from the paper are marked `ours:` where they happen and are listed in the README.
 """
 import argparse
 import contextlib
 import copy
+import ctypes
 import functools
 import hashlib
 import http.client
@@ -48,7 +50,6 @@ import efficientnet
 from efficientnet import FAMILY, BatchNorm, EfficientNet, fold_batchnorm
 from randaugment import RandAugment, cutout, random_crop, random_flip
 
-
 class UserError(Exception):
     """What the user can mend, in one line: what was found, what was expected, what to do. Exit status 2."""
 
@@ -59,7 +60,6 @@ def option(default, source, **more):
     field's comment, its --help text and its line in --dry-run."""
     return field(default=default, metadata={"source": source, **more})
 
-
 @dataclass
 class Config:
     """One run; the defaults are the demo on digits. Every field is a flag: --steps N, --balance / --no-balance, ..."""
@@ -67,59 +67,59 @@ class Config:
     preset: str = option("demo", "demo: sized for a laptop; paper: the official recipe", choices=("demo", "paper"))
     dataset: str = option("digits", "digits (generated), cifar10, svhn, or a folder of .npy files")
     models: tuple[str, ...] = option(("nano", "micro", "tiny"), "teacher and students [v1: b7 b7 l0 l1 l2]")
-    allow_smaller: bool = option(False, "allow students smaller than their teacher (distillation) [section 3]")
+    allow_smaller: bool = option(False, "allow students smaller than their teacher (distillation) [v4 Algorithm 1]")
     seed: int = option(0, "everything random follows from it")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     out: str | None = option(None, "output folder (none: runs/DATASET, or the first free one of runs/DATASET-2, ...)")
     data_dir: str = option("data", "where cifar-10-batches-py/ and the SVHN .mat files lie or are downloaded to")
     # Data
-    labels: int | None = option(60, "labelled images, balanced over the classes (all: every training image)")
-    dev: int = option(1000, "training images held out to choose hyperparameters with [official code, SVHN: 4,000]")
+    labels: int | None = option(80, "labelled images, balanced over the classes (all: every training image)")
+    dev: int | None = option(1000, "training images held out for choosing (none: a tenth) [code, SVHN: 4,000]")
     test: int | None = option(2000, "at most so many test images (all: every one)")
     unlabeled: int | None = option(8000, "at most so many unlabelled images (all: every one)")
     unlabeled_fraction: float = option(1.0, "share of the unlabelled images to use [v1: amount of data]")
     unlabeled_dataset: str | None = option(None, "another data set as the pool of unlabelled images (out of domain)")
-    extra: bool = option(False, "SVHN: the 531,131 extra images join the unlabelled pool [official code]")
+    extra: bool = option(False, "SVHN: the 531,131 extra images join the unlabelled pool [code]")
     # Training
-    batch: int = option(32, "labelled images per step, B [section 3.1: 2048; SVHN: 128]")
+    batch: int = option(32, "labelled images per step, B [v4: 2048; SVHN: 128]")
     ratio: int = option(2, "unlabelled images per labelled one, r [v4: 14, 28 for L2; v1: 3 or 1; SVHN: 5]")
     steps: int = option(1000, "steps of each student and of the supervised control [SVHN: 109,474]")
-    teacher_steps: int | None = option(None, "steps of the teacher (none: as --steps)")
-    learning_rate: float = option(0.256, "peak, per 256 labelled images [section 3.1: 0.128 at 2048]")
-    epochs: float = option(350.0, "what the schedule counts the steps as [section 3.1: 350, small 700; SVHN: 202.33]")
-    warmup_epochs: float = option(5.0, "epochs of linear warm-up [official code: 5]")
-    decay_epochs: float = option(2.4, "epochs between falls by 3% of the rate [section 3.1: 2.4 of 350]")
-    weight_decay: float = option(1e-5, "L2 term on everything but batch-norm [official code: 1e-5; SVHN: 1e-4]")
-    ema: float = option(0.99, "decay of the average of the weights, which is what labels [official code: 0.9999]")
-    bn_momentum: float = option(0.1, "share of the newest batch in the batch-norm averages [official code: 0.01]")
-    label_smoothing: float = option(0.1, "not on soft pseudo labels [official code: 0.1]")
-    loss: str = option("average", "sum: L + U [Algorithm 1]; average: (L + rU)/(1 + r) [section 3.1]; ratio: L + rU "
-                                  "[official code]", choices=("sum", "average", "ratio"))
-    joint: bool = option(True, "both kinds of images in every batch; off: pretrain, then fine-tune [v4, study]")
-    warm_start: bool = option(False, "start a student from the weights of its teacher [v4, study]")
+    teacher_steps: int | None = option(1500, "steps of the teacher (none: as --steps)")
+    learning_rate: float = option(0.128, "peak, per 256 labelled images [v4: 0.128 at 2048]")
+    epochs: float = option(350.0, "what the schedule counts the steps as [v4: 350, small 700; SVHN: 202.33]")
+    warmup_epochs: float = option(5.0, "epochs of linear warm-up [code: 5]")
+    decay_epochs: float = option(2.4, "epochs between falls by 3% of the rate [v4: 2.4 of 350]")
+    weight_decay: float = option(1e-5, "L2 term on everything but batch-norm [code: 1e-5; SVHN: 1e-4]")
+    ema: float = option(0.99, "decay of the average of the weights, which is what labels [code: 0.9999]")
+    bn_momentum: float = option(0.1, "share of the newest batch in the batch-norm averages [code: 0.01]")
+    label_smoothing: float = option(0.1, "not on soft pseudo labels [code: 0.1]")
+    loss: str = option("average", "sum: L + U [Algorithm 1]; average: (L + rU)/(1 + r) [v4]; ratio: L + rU "
+                                  "[code]", choices=("sum", "average", "ratio"))
+    joint: bool = option(True, "both kinds of images in every batch; off: pretrain, then fine-tune [v4]")
+    warm_start: bool = option(False, "start a student from the weights of its teacher [v4]")
     # Noise
-    augment: bool = option(True, "RandAugment and Cutout on the training images [section 3.1]")
-    num_ops: int = option(2, "RandAugment operations per image, N [section 3.1: 2]")
-    magnitude: float = option(5.0, "RandAugment magnitude, M [section 3.1: 27; official code: B2 6 ... B6 24; SVHN 5]")
-    translate_const: float = option(4.0, "pixels of translation at magnitude 10 [official code: 100; 32x32: 4]")
-    cutout_const: float = option(4.0, "half the side of its Cutout at magnitude 10 [official code: 40; 32x32: 4]")
-    cutout: int = option(4, "half the side of a further Cutout, 0: none [official code, SVHN: 8]")
-    crop: int = option(2, "reflect-pad by so many pixels and crop at random, 0: none [official code, SVHN: 4]")
-    dropout: float | None = option(None, "drop rate at the end (none: the network's own) [section 3.1: 0.5]")
-    survival: float = option(0.8, "survival probability at the last block, stochastic depth [section 3.1: 0.8]")
-    unlabeled_augment: bool = option(True, "augment the unlabelled images too [table 6: student without augmentation]")
-    unlabeled_model_noise: bool = option(True, "dropout and stochastic depth on the unlabelled images too [table 6]")
-    noisy_teacher: bool = option(False, "label with the noise on [table 6]")
+    augment: bool = option(True, "RandAugment and Cutout on the training images [v4]")
+    num_ops: int = option(2, "RandAugment operations per image, N [v4: 2]")
+    magnitude: float = option(5.0, "RandAugment magnitude, M [v4: 27; official code: B2 6 ... B6 24; SVHN 5]")
+    translate_const: float = option(4.0, "pixels of translation at magnitude 10 [code: 100; 32x32: 4]")
+    cutout_const: float = option(4.0, "half the side of its Cutout at magnitude 10 [code: 40; 32x32: 4]")
+    cutout: int = option(4, "half the side of a further Cutout, 0: none [code, SVHN: 8]")
+    crop: int = option(2, "reflect-pad by so many pixels and crop at random, 0: none [code, SVHN: 4]")
+    dropout: float | None = option(None, "drop rate at the end (none: the network's own) [v4: 0.5]")
+    survival: float = option(0.8, "survival probability at the last block, stochastic depth [v4: 0.8]")
+    unlabeled_augment: bool = option(True, "augment the unlabelled images too [v4 table 6: student without augmentation]")
+    unlabeled_model_noise: bool = option(True, "dropout and stochastic depth on the unlabelled images too [v4 table 6]")
+    noisy_teacher: bool = option(False, "label with the noise on [v4 table 6]")
     # Pseudo labels
-    hard: bool = option(False, "hard (one-hot) pseudo labels instead of soft ones [section 3; v1: soft against hard]")
-    temperature: float = option(1.0, "soft label = softmax(logits / T) [official code: 1]")
-    threshold: float = option(0.3, "keep images of at least this confidence, 0: all [section 3.1: 0.3]")
+    hard: bool = option(False, "hard (one-hot) pseudo labels instead of soft ones [v4 Algorithm 1; v1]")
+    temperature: float = option(1.0, "soft label = softmax(logits / T) [code: 1]")
+    threshold: float = option(0.3, "keep images of at least this confidence, 0: all [v4: 0.3]")
     interval: tuple[float, float] | None = option(None, "keep confidences in [LOW, HIGH) [v1: soft, hard]")
-    balance: bool = option(True, "as many images of every class, by choice and duplication [section 3.1]")
-    per_class: int | None = option(None, "images per class (none: the mean kept) [section 3.1: 130K; SVHN: 53,113]")
+    balance: bool = option(True, "as many images of every class, by choice and duplication [v4]")
+    per_class: int | None = option(None, "images per class (none: the mean kept) [v4: 130K; SVHN: 53,113]")
     # Afterwards
-    fix_resolution: int | None = option(None, "fine-tune 1.5 epochs at this larger size [section 3.1]")
-    robustness: bool | None = option(None, "corruptions, perturbations, attacks (none: if cheap) [section 4.3]")
+    fix_resolution: int | None = option(None, "fine-tune 1.5 epochs at this larger size [v4]")
+    robustness: bool | None = option(None, "corruptions, perturbations, attacks (none: if cheap) [v4]")
     robustness_images: int = option(256, "test images that these are measured on")
     cifar10_c: str | None = option(None, "folder of the CIFAR-10-C .npy files, to use in place of our corruptions")
     plot: bool = option(False, "draw OUT/noisy_student.png (needs matplotlib)")
@@ -138,17 +138,17 @@ class Config:
 SVHN_RECIPE = dict(
     learning_rate=0.016,
     labels=None, dev=4000, test=None, unlabeled=None, extra=True, models=("b0", "b0"), batch=128, ratio=5, steps=109474,
+    teacher_steps=None,
     epochs=109474 * 128 / 69257, decay_epochs=1.3716, weight_decay=1e-4, ema=0.9999, bn_momentum=0.01, loss="ratio",
     magnitude=5.0, cutout=8, crop=4, threshold=0.0, balance=False)
 PRESETS = {  # what differs from the defaults. ours: demo, chosen on dev
     "demo": {"digits": {},
-             "cifar10": dict(labels=4000, dev=2000, test=None, unlabeled=None, steps=4000),
-             "svhn": dict(labels=1000, dev=4000, test=None, unlabeled=None),
-             "folder": dict(labels=250, test=None, unlabeled=None)},
+             "cifar10": dict(labels=4000, dev=2000, test=None, unlabeled=None, steps=3000, teacher_steps=None),
+             "svhn": dict(labels=1000, dev=4000, test=None, unlabeled=None, steps=3000, teacher_steps=None),
+             "folder": dict(labels=None, dev=None, test=None, unlabeled=None, teacher_steps=None)},
     "paper": {"svhn": SVHN_RECIPE,
               "cifar10": SVHN_RECIPE | dict(labels=4000, dev=5000, extra=False),  # ours: CIFAR-10 has no extra set
               "digits": SVHN_RECIPE | dict(labels=69257, test=26032, unlabeled=531131, extra=False)}}  # SVHN's sizes
-
 
 def complete(config):
     """A copy of config with its open choices made. UserError for a value outside its range or a chain that shrinks."""
@@ -189,7 +189,7 @@ def complete(config):
     return replace(config, robustness=robustness, out=out)
 
 
-# ---- Algorithm 1 ------------------------------------------------------------------------------------- (section 3)
+# ---- Algorithm 1 ------------------------------------------------------------------------------------- ([v4])
 def noisy_student(config):
     """The whole method: a supervised control, a teacher, then students, each taught by the one before.
 
@@ -197,7 +197,7 @@ def noisy_student(config):
     The dev set is for choosing hyperparameters; the test set is read once per generation, at its end."""
     config = complete(config)
     device = setup(config)
-    data = load_data(config).to(device, config.memory)
+    data = load_data_once(config).to(device, config.memory)
     run = Run(config, data)
     chain = [("supervised", config.models[-1]), ("teacher", config.models[0])]
     chain += [(f"student {k}", network) for k, network in enumerate(config.models[1:], 1)]
@@ -229,7 +229,7 @@ def noisy_student(config):
     return run.close()
 
 
-# ---- Training ------------------------------------------------------------------- (section 3.1; official code)
+# ---- Training ------------------------------------------------------------------- ([v4]; [code])
 def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
           augment=True, frozen=0, size=None, base_lr=None):
     """Minimise cross-entropy on noised labelled images, and on noised unlabelled ones where `pseudo` is given.
@@ -243,9 +243,7 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
     targets = smoothed_one_hot(data.labels, data.num_classes, config.label_smoothing)                        # (n,K)
     weight_l, weight_u = loss_weights(config.loss, config.ratio) if pseudo is not None else (1.0, 0.0)
     base_lr = base_lr or config.learning_rate * B / 256
-    frozen = ([model.stem] + list(model.blocks))[:frozen]
-    for module in frozen:
-        module.requires_grad_(False)
+    frozen = [module.requires_grad_(False) for module in [model.stem, *model.blocks][:frozen]]
     ema = EMA(model, config.ema)
     optimizer = RMSpropTF(parameter_groups(model, config.weight_decay), base_lr)
     first = run.restore(model, ema, optimizer) if run else 0
@@ -283,13 +281,13 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
             end = len(images) if config.unlabeled_augment else b
             images = torch.cat([add_noise(images[:end], config, data.flip, (rank, world)), images[end:]])
 
-        # The loss: L + U, (L + rU)/(1 + r) or L + rU.
+        # The loss: cross-entropy, averaged over each part, and the parts weighted.
         with precision(device, config):
             logits = forward(normalise(images, data, size), noised)  # (B+U,K)
         losses = -(target * F.log_softmax(logits.float(), 1)).sum(1)  # (B+U,)
-        L = losses[:b].mean() if use_labeled else losses.new_zeros(())
-        U_ = losses[b:].mean() if use_unlabeled else losses.new_zeros(())
-        loss = weight_l * L + weight_u * U_ if config.joint else L + U_
+        zero = losses.new_zeros(())
+        loss_l, loss_u = losses[:b].mean() if use_labeled else zero, losses[b:].mean() if use_unlabeled else zero
+        loss = weight_l * loss_l + weight_u * loss_u if config.joint else loss_l + loss_u
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -298,12 +296,12 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
         # Everything below only watches, every second or so; reading the sums is the one wait for a GPU.
         if run:
             run.images += len(images) * world
-        tally += torch.stack([L.detach(), U_.detach(), torch.isfinite(loss.detach()).float()])
+        tally += torch.stack([loss_l.detach(), loss_u.detach(), torch.isfinite(loss.detach()).float()])
         if step + 1 == steps or (step + 1 - seen) >= 100 or (run and run.due()):
             sum_l, sum_u, finite = tally.tolist()
             if finite < step + 1 - seen:
-                raise UserError(f"the loss became {sum_l + sum_u} at step {seen + int(finite) + 1} of {steps} (learning "
-                                f"rate {lr:.2g}): expected a finite number; lower --learning-rate (checkpoint kept)")
+                raise UserError(f"the loss became {sum_l + sum_u} at step {seen + int(finite) + 1} of {steps} (learning"
+                                f" rate {lr:.2g}): expected a finite number; lower --learning-rate (checkpoint kept)")
             if run:
                 count = step + 1 - seen
                 run.report(step + 1, steps, lr, sum_l / count, sum_u / count, model, ema, optimizer)
@@ -311,26 +309,23 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
             seen = step + 1
     return ema.model
 
-
 def loss_weights(name, r):
     """Weights of L, the mean over labelled images, and U, the mean over unlabelled ones, for r = unlabelled / labelled.
 
     The paper and its code disagree. Our default is `average`, the paper's text: it keeps the loss of teacher, control
-    and student on one scale, and with RMSProp's epsilon of 0.001 inside the root that scale acts like a learning rate."""
+    and student on one scale; with RMSProp's epsilon of 0.001 inside the root, scale acts like a learning rate."""
     return {"sum": (1.0, 1.0),                   # Algorithm 1
-            "average": (1 / (1 + r), r / (1 + r)),  # text of section 3.1
-            "ratio": (1.0, float(r))}[name]      # official code
-
+            "average": (1 / (1 + r), r / (1 + r)),  # the text [v4]
+            "ratio": (1.0, float(r))}[name]      # [code]
 
 def learning_rate(step, base_lr, steps_per_epoch, warmup_epochs=5, decay_epochs=2.4, decay=0.97):
-    """Linear warm-up to base_lr, then a staircase that counts from step 0 (section 3.1; official code)."""
+    """Linear warm-up to base_lr, then a staircase that counts from step 0 ([v4]; [code])."""
     if step < warmup_epochs * steps_per_epoch:
         return base_lr * step / (warmup_epochs * steps_per_epoch)
     return base_lr * decay ** (step // (decay_epochs * steps_per_epoch))
 
-
 class RMSpropTF(torch.optim.Optimizer):
-    """RMSProp as TensorFlow 1 computes it (official code), with the L2 term weight_decay / 2 |w|^2 in the gradient g:
+    """RMSProp as TensorFlow 1 computes it [code], with the L2 term weight_decay / 2 |w|^2 in the gradient g:
     ms <- decay ms + (1 - decay) g^2,  mom <- momentum mom + lr g / sqrt(ms + eps),  w <- w - mom.
     torch.optim.RMSprop has eps outside the root, starts ms at 0 instead of 1 and keeps lr out of the momentum."""
     def __init__(self, params, lr, decay=0.9, momentum=0.9, eps=0.001, weight_decay=0.0):
@@ -358,17 +353,15 @@ class RMSpropTF(torch.optim.Optimizer):
             torch._foreach_sub_(ws, mom)
         return loss
 
-
 def parameter_groups(model, weight_decay):
-    """Weight decay on every variable that is not batch-norm, biases included (official code)."""
+    """Weight decay on every variable that is not batch-norm, biases included [code]."""
     norm = {id(w) for module in model.modules() if isinstance(module, BatchNorm) for w in module.parameters()}
     trained = [w for w in model.parameters() if w.requires_grad]
     return [{"params": [w for w in trained if id(w) not in norm], "weight_decay": weight_decay},
             {"params": [w for w in trained if id(w) in norm], "weight_decay": 0.0}]
 
-
 class EMA:
-    """Moving average of all weights and batch-norm statistics (official code). With TensorFlow's `num_updates` rule the
+    """Moving average of all weights and batch-norm statistics [code]. With TensorFlow's `num_updates` rule the
     decay is min(decay, (1 + t) / (10 + t)), so that the average does not remember the random initialisation.
 
     `.model` is the averaged network, in evaluation mode: it is what labels, is evaluated and is saved."""
@@ -382,7 +375,6 @@ class EMA:
         torch._foreach_lerp_(self.average, [v for v in model.state_dict().values() if v.is_floating_point()], 1 - decay)
         self.updates += 1
 
-
 def add_noise(images, config, flip, shard=(0, 1)):
     """Input noise on uint8 (N,3,H,W), in official order: RandAugment, Cutout, reflect-pad and crop, flip (CIFAR)."""
     if not len(images):
@@ -395,21 +387,17 @@ def add_noise(images, config, flip, shard=(0, 1)):
     images = random_crop(images, config.crop, shard=shard) if config.crop else images
     return random_flip(images, shard=shard) if flip else images
 
-
 def smoothed_one_hot(labels, num_classes, smoothing):
     """Labels (N,) -> target distributions (N,K): 1 - smoothing on the label plus smoothing / K everywhere."""
     return F.one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
-
 
 def seed_of(*parts):
     """One 63-bit seed from anything printable."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
-
 @functools.lru_cache(maxsize=4)
 def shuffled(n, *key):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("order", *key)))
-
 
 def batch_rows(n, batch, step, *key):
     """Row numbers (batch,) of batch number `step` in endless passes over n rows, each pass in a new order."""
@@ -417,11 +405,9 @@ def batch_rows(n, batch, step, *key):
     passes = range(start // n, (end - 1) // n + 1)
     return torch.cat([shuffled(n, *key, p) for p in passes])[start - passes[0] * n:end - passes[0] * n]
 
-
 def gather(images, rows, device):
     """images[rows] on the device; the images may lie on the CPU or in a memory-mapped file."""
     return images[rows.to(images.device, non_blocking=True)].to(device, non_blocking=True)
-
 
 def normalise(images, data, size=None):
     """Images (N,3,H,W) in 0-255 -> float32, channels last, mean 0 and deviation 1 over the training images."""
@@ -430,10 +416,8 @@ def normalise(images, data, size=None):
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
     return (x - 255 * data.mean.view(1, 3, 1, 1)) / (255 * data.std.view(1, 3, 1, 1))
 
-
 def precision(device, config):
     return torch.autocast(device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda")
-
 
 def build(network, data, config, key=""):
     """A freshly initialised EfficientNet for the data set, on the data's device."""
@@ -442,11 +426,9 @@ def build(network, data, config, key=""):
                          survival=config.survival, bn_momentum=config.bn_momentum)
     return model.to(data.labels.device, memory_format=torch.channels_last)
 
-
 def is_small(data):
     """Whether the network gets the official strides for small images (32x32)."""
     return data.test_images.shape[2] <= 64
-
 
 def warm_start(student, teacher):
     if student.name != teacher.name:
@@ -454,7 +436,7 @@ def warm_start(student, teacher):
     student.load_state_dict(teacher.state_dict())
 
 
-# ---- Pseudo labels ---------------------------------------------------------- (section 3, 3.1; official code)
+# ---- Pseudo labels ---------------------------------------------------------- ([v4]; [code])
 class Pseudo(typing.NamedTuple):
     """rows: int64 (M',) rows of data.unlabeled_images to train on, copies included. targets: float32 (M,K), what the
     student is to predict on each unlabelled image. kept: how many images passed the filter."""
@@ -462,13 +444,12 @@ class Pseudo(typing.NamedTuple):
     targets: torch.Tensor
     kept: int
 
-
 @torch.no_grad()
 def pseudo_label(teacher, images, data, config, *, batch=1000, key=""):
     """Class probabilities float32 (M,K), on the CPU, of uint8 images (M,3,H,W): the softmax of the teacher's logits.
 
     Images are clean, dropout and stochastic depth off, batch-norm in evaluation mode; --noisy-teacher (table 6) turns
-    the noise on, but not batch-norm. The teacher comes back as it was. Each rank of a distributed run labels its share."""
+    the noise on, but not batch-norm. The teacher comes back as it was. Distributed ranks label a share each."""
     rank, world = world_of()
     device = next(teacher.parameters()).device
     if config.noisy_teacher:
@@ -489,7 +470,6 @@ def pseudo_label(teacher, images, data, config, *, batch=1000, key=""):
     if world > 1:
         dist.all_reduce(probabilities)
     return probabilities.cpu()
-
 
 def filter_and_balance(probabilities, threshold, per_class, generator=None, *, balance=True, below=math.inf):
     """Rows to train on, int64 (M',), copies included, from pseudo-label probabilities (M,K). Section 3.1.
@@ -518,7 +498,6 @@ def filter_and_balance(probabilities, threshold, per_class, generator=None, *, b
         warnings.warn(f"no unlabelled image is left of class {', '.join(map(str, empty))}")
     return torch.cat(rows)
 
-
 def make_pseudo(teacher, data, config, key="", run=None):
     """Label, filter and balance the unlabelled images, and turn probabilities into the student's targets -> Pseudo."""
     probabilities = pseudo_label(teacher, data.unlabeled_images, data, config, key=key)
@@ -530,8 +509,8 @@ def make_pseudo(teacher, data, config, key="", run=None):
     rows = filter_and_balance(probabilities, low, config.per_class, generator, balance=config.balance, below=high)
     if not len(rows):
         top = probabilities.amax(1)
-        raise UserError(f"no pseudo label has a confidence in [{low}, {min(high, 1)}]: found {top.min():.3f} to {top.max():.3f}; "
-                        "lower --threshold, widen --interval or train the teacher for longer")
+        raise UserError(f"no pseudo label has a confidence in [{low}, {min(high, 1)}]: found {top.min():.3f} to "
+                        f"{top.max():.3f}; lower --threshold, widen --interval or train the teacher for longer")
     if config.hard:
         targets = smoothed_one_hot(probabilities.argmax(1), data.num_classes, config.label_smoothing)
     elif config.temperature != 1:  # softmax(logits / T) is p^(1/T), renormalised
@@ -540,15 +519,13 @@ def make_pseudo(teacher, data, config, key="", run=None):
         targets = probabilities
     return Pseudo(rows, targets, kept)
 
-
 def warn_near_chance(dev_error, probabilities):
     """A teacher that has learned nothing makes a student that learns nothing: say so before it labels anything."""
     K = probabilities.shape[1]
     if 1 - dev_error < 1.5 / K:
         counts = probabilities.argmax(1).bincount(minlength=K).tolist()
-        warnings.warn(f"the teacher is near chance: {1 - dev_error:.1%} right on dev, guessing {1 / K:.1%}; images it labelled per "
-                      f"class: {counts}; give it more --teacher-steps or --labels, or another --learning-rate")
-
+        warnings.warn(f"the teacher is near chance: {1 - dev_error:.1%} right on dev, guessing {1 / K:.1%}; images it "
+                      f"labelled per class: {counts}; give it more --teacher-steps, --labels or --learning-rate")
 
 @torch.inference_mode()
 def error_rate(model, images, labels, data, config, size=None, batch=1000):
@@ -562,7 +539,7 @@ def error_rate(model, images, labels, data, config, size=None, batch=1000):
     return wrong.item() / len(images)
 
 
-# ---- Fix-resolution fine-tune -------------------------------------------------- (section 3.1; official code)
+# ---- Fix-resolution fine-tune -------------------------------------------------- ([v4]; [code])
 def fine_tune_resolution(model, data, config, size, *, epochs=1.5, run=None):
     """Train a copy of `model` for 1.5 epochs more at the larger `size` (pixels), on un-augmented labelled images, the
     shallow layers frozen and their batch-norm in evaluation mode -> its moving average.
@@ -575,148 +552,88 @@ def fine_tune_resolution(model, data, config, size, *, epochs=1.5, run=None):
 
 
 # ---- Robustness -------------------------------------- (paper: ImageNet-C, -P, FGSM, PGD; Hendrycks & Dietterich 2019)
-# Constants of severities 1-5 as published for 32x32 (CIFAR-10-C). Other sizes use the same ones (a radius stays in
-# pixels; ImageNet-C has larger values), so compare figures within one image size only.
+# Severities 1-5 as published for 32x32 (CIFAR-10-C). Radii stay in pixels: compare figures within one image size only.
 CORRUPTIONS = {
-    "gaussian_noise": (.04, .06, .08, .09, .10),                           # standard deviation, full range 1
-    "shot_noise": (500, 250, 100, 75, 50),                                 # photons of a full-bright pixel
-    "impulse_noise": (.01, .02, .03, .05, .07),                            # share of values turned into 0 or 255
-    "defocus_blur": ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1)),    # radius of a disk, sigma softening its edge
-    "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),           # radius, sigma (3 and 4 come out equal)
-    "zoom_blur": (1.06, 1.11, 1.16, 1.21, 1.26),                           # end of the zoom factors 1, 1.01, 1.02, ...
-    "fog": ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)),            # amount, decay of the fractal's detail
-    "brightness": (.05, .1, .15, .2, .3),                                  # added to the HSV value
-    "contrast": (.75, .5, .4, .3, .15),                                    # scale around each channel's mean
-    "pixelate": (.95, .9, .85, .75, .65)}                                  # size of the small image in between
+    "gaussian_noise": (.04, .06, .08, .09, .10), "shot_noise": (500, 250, 100, 75, 50),
+    "impulse_noise": (.01, .02, .03, .05, .07), "defocus_blur": ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1)),
+    "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)), "zoom_blur": (1.06, 1.11, 1.16, 1.21, 1.26),
+    "fog": ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)), "brightness": (.05, .1, .15, .2, .3),
+    "contrast": (.75, .5, .4, .3, .15), "pixelate": (.95, .9, .85, .75, .65)}
 CIFAR10_C = (*CORRUPTIONS, "glass_blur", "snow", "frost", "elastic_transform", "jpeg_compression")
-# Kinds from ImageNet-P, growth per frame ours. None: fresh noise of severity 1 in each frame but the first, clean one.
+# Kinds from ImageNet-P, growth per frame ours. None: fresh noise of severity 1 in every frame but the first, clean one.
 PERTURBATIONS = {"gaussian_noise": None, "shot_noise": None, "zoom_blur": .01, "brightness": .01,
-                 "translate": 1 / 64, "rotate": math.pi / 180, "tilt": .01, "scale": .01}   # translate: in half widths
-
+                 "translate": 1 / 64, "rotate": math.pi / 180, "tilt": .01, "scale": .01}  # translate: in half widths
 
 def corrupt(images, name, severity, generator=None):
-    """uint8 images (N,C,H,W) -> corrupted uint8 images (N,C,H,W) on their device, every image with draws of its own.
-
-    name: a key of CORRUPTIONS; severity: 1-5; generator: on the images' device (None: the global one). Follows the
-    published CIFAR-10-C script, its truncation to uint8 included. ValueError for any other argument."""
+    """uint8 images (N,C,H,W) -> the same, corrupted as by the CIFAR-10-C script, every image with draws of its own.
+    name: of CORRUPTIONS; severity: 1-5; generator: on the images' device. ValueError for any other argument."""
     if name not in CORRUPTIONS or severity not in range(1, 6) or images.dtype != torch.uint8 or images.dim() != 4:
-        raise ValueError(f"found {name!r}, severity {severity!r}, {images.dtype} {tuple(images.shape)}; "
-                         f"expected one of {', '.join(CORRUPTIONS)}, 1 to 5, uint8 images (N,C,H,W)")
-    c, x, draw = CORRUPTIONS[name][severity - 1], images.float(), dict(generator=generator, device=images.device)
-    n, channels, height, width = x.shape
-    if name == "gaussian_noise":
-        x = x + 255 * c * torch.randn(x.shape, **draw)
-    elif name == "shot_noise":
-        x = torch.poisson(x / 255 * c, generator=generator) / c * 255
-    elif name == "impulse_noise":                               # every channel on its own; half pepper, half salt
-        u = torch.rand(x.shape, **draw)
-        x = torch.where(u < c / 2, 0., torch.where(u >= 1 - c / 2, 255., x))
-    elif name == "defocus_blur":
-        o, soft = torch.arange(-2., 3), torch.exp(-torch.tensor([-1., 0, 1]) ** 2 / (2 * c[1] ** 2))
-        disk = (o[:, None] ** 2 + o ** 2 <= c[0] ** 2).float()[None, None]                            # (1,1,5,5)
-        kernel = F.conv2d(disk, torch.outer(soft, soft)[None, None], padding=1)
-        kernel = (kernel / kernel.sum()).to(x.device).expand(channels, 1, 5, 5)
-        x = F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=channels)
-    elif name == "motion_blur":                                 # up to 45 degrees from level; ImageMagick rounds
-        x = _motion_blur(x, *c, (torch.rand(n, **draw) * 2 - 1) * math.pi / 4).round()
-    elif name == "zoom_blur":                                   # np.arange as published; rounding lets 1.06, 1.11 in
-        factors = np.arange(1, c, .01)
-        x = (x + sum(_zoom(x, factor) for factor in factors)) / (len(factors) + 1)
-    elif name == "fog":
-        top, fog = x.amax((1, 2, 3), keepdim=True), 255 * c[0] * _plasma(n, max(height, width), c[1], draw)
-        x = (x + fog[:, None, :height, :width]) * top / (top + 255 * c[0])
-    elif name == "brightness":
-        x = _brighten(x, c)
-    elif name == "contrast":
-        x = torch.lerp(x.mean((2, 3), keepdim=True), x, c)
-    elif name == "pixelate":                                    # rows, then columns, each rounded, as in Pillow
-        x = (x @ _box(width, int(width * c)).T.to(x.device) + .5).floor()
-        x = (_box(height, int(height * c)).to(x.device) @ x + .5).floor()
-    return (x + 1e-3).clamp(0, 255).byte()                      # truncate, but let the 36.99999 of float32 be 37
+        raise ValueError(f"found severity {severity} of {name!r}, {images.dtype} {(*images.shape,)}; expected 1-5 of "
+                         f"{', '.join(CORRUPTIONS)}, uint8 images (N,C,H,W)")
+    x, c, draw = images.float(), CORRUPTIONS[name][severity - 1], dict(generator=generator, device=images.device)
+    def defocus_blur(radius, sigma):  # a disk, its edge softened by a Gaussian
+        r2 = (torch.arange(-2, 3) ** 2 + torch.arange(-2, 3)[:, None] ** 2).float()[None, None]  # distances squared
+        kernel = F.conv2d((r2 <= radius ** 2).to(r2), torch.exp(-r2[..., 1:4, 1:4] / (2 * sigma ** 2)), padding=1).to(x)
+        return F.conv2d(F.pad(x.flatten(0, 1)[:, None], (2,) * 4, "reflect"), kernel / kernel.sum()).view_as(x)
+    def zoom(x, factor):  # rows: the centre, enlarged as by scipy.ndimage.zoom(order=1), end to end
+        side, small = x.shape[2], math.ceil(x.shape[2] / factor)
+        source = np.arange(side) * (small - 1) / (round(small * factor) - 1) + (side - small) // 2
+        return torch.from_numpy(np.maximum(1 - abs(source[:, None] - np.arange(side)), 0)).to(x) @ x
+    def zoom_blur(factors):  # the rounding of np.arange lets 1.06 and 1.11 in, as published
+        return sum(zoom(zoom(x.mT, f).mT, f) for f in factors) / len(factors)
+    def fog(amount, decay):  # a diamond-square fractal that wraps around, its side a power of two
+        bits, top = (max(x.shape[2:]) - 1).bit_length(), x.amax((1, 2, 3), keepdim=True)
+        z = x.new_zeros(len(x), 1 << bits, 1 << bits)
+        for level, h in enumerate(1 << k for k in reversed(range(bits))):
+            cross, plus = ((h, h), (h, -h), (-h, h), (-h, -h)), ((h, 0), (-h, 0), (0, h), (0, -h))
+            for i, j, neighbours in ((h, h, cross), (0, h, plus), (h, 0, plus)):
+                mean = sum(z.roll(shift, (1, 2))[:, i::2 * h, j::2 * h] for shift in neighbours) / 4
+                z[:, i::2 * h, j::2 * h] = mean + (100 / decay ** level) ** 2 * (torch.rand(mean.shape, **draw) * 2 - 1)
+        z -= z.amin((1, 2), keepdim=True)
+        z = 255 * amount * (z / z.amax((1, 2), keepdim=True))[:, None, :x.shape[2], :x.shape[3]]
+        return (x + z) * top / (top + 255 * amount)
+    def box(x):  # rows: Pillow's BOX resize and back, the mean of the pixels centred in each window
+        centre = (np.arange(x.shape[2]) + .5) * int(x.shape[2] * c) / x.shape[2]
+        same = np.floor(centre)[:, None] == np.ceil(centre) - 1
+        return (torch.from_numpy(same / same.sum(1, keepdims=True)).to(x) @ x + .5).floor()
+    x = {"gaussian_noise": lambda: x + 255 * c * torch.randn(x.shape, **draw), "brightness": lambda: _brighten(x, c),
+         "shot_noise": lambda: torch.poisson(x / 255 * c, generator=generator) / c * 255, "fog": lambda: fog(*c),
+         "impulse_noise": lambda: x + 255 * ((torch.rand(x.shape, **draw) * 2 - 1) / (1 - c)).trunc(),  # for a share c
+         "zoom_blur": lambda: zoom_blur([1, *np.arange(1, c, .01)]), "defocus_blur": lambda: defocus_blur(*c),
+         "motion_blur": lambda: _motion_blur(x, *c, (torch.rand(len(x), **draw) * 2 - 1) * math.pi / 4).round(),
+         "contrast": lambda: torch.lerp(x.mean((2, 3), True), x, c), "pixelate": lambda: box(box(x.mT).mT)}[name]()
+    return (x + 1e-3).clamp(0, 255).byte()  # truncate, but let the 36.99999 of float32 be 37
 
+def _motion_blur(x, radius, sigma, angle):  # ImageMagick's: half a Gaussian in whole-pixel steps along angle (N,)
+    image, row, column = torch.meshgrid(*(torch.arange(k, device=x.device) for k in x[:, 0].shape), indexing="ij")
+    weight, total = torch.exp(-torch.arange(2 * radius + 1) ** 2 / (2 * sigma ** 2)), 0
+    for i, w in enumerate(w for w in (weight / weight.sum()).tolist() if w > 1e-5):  # the rest: .01 grey levels
+        dy, dx = (torch.ceil(i * f(angle) - .5).long().view(-1, 1, 1) for f in (torch.sin, torch.cos))
+        total += w * x[image, :, (row + dy).clamp(0, x.shape[2] - 1), (column + dx).clamp(0, x.shape[3] - 1)]
+    return total.movedim(-1, 1)  # from (N,H,W,C)
 
-def _brighten(x, amount):
-    """HSV value (the largest channel) + amount; same hue and saturation: the channels scale alike, black turns grey."""
+def _brighten(x, amount):  # the HSV value (largest channel) grows, hue and saturation stay; black turns grey
     value = x.amax(1, keepdim=True)
-    new = (value + 255 * amount).clamp(max=255)
-    return torch.where(value > 0, x * (new / value), new)
-
-
-def _zoom(x, factor):
-    """The centre of x (N,C,H,W) enlarged as by scipy.ndimage.zoom(order=1), corners to corners, trimmed to (H,W)."""
-    def centre(x, height, width):
-        return x[:, :, (x.shape[2] - height) // 2:, (x.shape[3] - width) // 2:][:, :, :height, :width]
-    small = [math.ceil(side / factor) for side in x.shape[2:]]
-    large = [round(side * factor) for side in small]
-    return centre(F.interpolate(centre(x, *small), large, mode="bilinear", align_corners=True), *x.shape[2:])
-
-
-def _motion_blur(x, radius, sigma, angle):
-    """ImageMagick's: half a Gaussian in 2 radius + 1 whole-pixel steps along angle (N,) in radians, edges repeated."""
-    height, width = x.shape[2:]
-    weight, out = np.exp(-np.arange(2 * radius + 1) ** 2 / (2 * sigma ** 2)), torch.zeros_like(x)
-    rows, columns = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
-    for i, w in enumerate((weight / weight.sum()).tolist()):
-        if w > 1e-5:                                            # the others add up to a hundredth of a grey level
-            dy, dx = [torch.ceil(i * f(angle) - .5).long()[:, None, None] for f in (torch.sin, torch.cos)]
-            index = (rows + dy).clamp(0, height - 1) * width + (columns + dx).clamp(0, width - 1)     # (N,H,W)
-            out += w * x.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, x.shape[1], -1)).view_as(x)
-    return out
-
-
-def _plasma(n, size, decay, draw):
-    """Diamond-square maps in [0,1] that wrap around, (n,S,S) with S the power of two from size upwards."""
-    def wobble(total):                                          # the script does multiply by wibble twice
-        return total / 4 + wibble ** 2 * (torch.rand(total.shape, **draw) * 2 - 1)
-    step, wibble = 1 << (size - 1).bit_length(), 100.
-    z = torch.zeros(n, step, step, device=draw["device"])
-    while step > 1:
-        half, corner, centre = step // 2, z[:, ::step, ::step], z[:, step // 2::step, step // 2::step]
-        left = corner + corner.roll(-1, 1)                      # the two corners of a left edge
-        centre[:] = wobble(left + left.roll(-1, 2))
-        z[:, ::step, half::step] = wobble(centre + centre.roll(1, 1) + corner + corner.roll(-1, 2))
-        z[:, half::step, ::step] = wobble(centre + centre.roll(1, 2) + left)
-        step, wibble = half, wibble / decay
-    z -= z.amin((1, 2), keepdim=True)
-    return z / z.amax((1, 2), keepdim=True)
-
-
-def _box(size, small):
-    """Pillow's BOX resize to small and back, a matrix (size,size): mean of the pixels centred in a window, repeated."""
-    centre = (np.arange(size) + .5) * small / size              # of every pixel, measured in small pixels
-    offset = centre - np.arange(small)[:, None] - .5            # (small,size)
-    down = ((offset > -.5) & (offset <= .5)).astype(np.float32)
-    return torch.from_numpy((down / down.sum(1, keepdims=True))[centre.astype(int)])
-
+    return (x + 1e-9) / (value + 1e-9) * (value + 255 * amount).clamp(max=255)
 
 def perturbation_sequence(images, name, frames=30, generator=None):
-    """uint8 images (N,C,H,W) -> (N,frames,C,H,W): the clean image, then PERTURBATIONS[name] more in each frame, so that
-    a shorter sequence begins a longer one. The sense of translate, rotate and tilt is drawn per image; bilinear, border
-    reflected. generator and ValueError as for corrupt."""
+    """uint8 images (N,C,H,W) -> (N,frames,C,H,W): the clean image, then PERTURBATIONS[name] more in every frame; images
+    draw the sense of translate, rotate and tilt. generator and ValueError as for corrupt."""
     if name not in PERTURBATIONS or frames < 2:
         raise ValueError(f"found {name!r}, {frames} frames; expected one of {', '.join(PERTURBATIONS)}, 2 or more")
     if PERTURBATIONS[name] is None:
         return torch.stack([images] + [corrupt(images, name, 1, generator) for _ in range(frames - 1)], 1)
-    x, sequence, total, (height, width) = images.float(), [images], images.float(), images.shape[2:]
-    sense = torch.randint(0, 2, (len(x), 1, 1), generator=generator, device=x.device) * 2. - 1
-    xs = ((torch.arange(width, device=x.device) * 2 + 1) / width - 1).expand(len(x), height, width)
-    ys = ((torch.arange(height, device=x.device) * 2 + 1) / height - 1)[:, None].expand_as(xs)
+    x, sequence, growth, r = images.float(), [images.float()], PERTURBATIONS[name], images.shape[2] / images.shape[3]
+    sense = torch.randint(0, 2, (len(x), 1, 1), generator=generator, device=x.device) * 2 - 1
+    xs, ys = F.affine_grid(torch.eye(2, 3).to(x).expand(len(x), 2, 3), x.shape, align_corners=False).unbind(-1)
     for step in range(1, frames):
-        amount = step * PERTURBATIONS[name]
-        if name == "brightness":
-            frame = _brighten(x, amount)
-        else:                                                   # where in [-1,1] every pixel comes from: (u/w, v/w)
-            a, one, r = sense * amount, torch.ones_like(xs), height / width
-            u, v, w = {"translate": (xs + a, ys, one), "tilt": (xs, ys, 1 + a * xs), "scale": (xs, ys, one + amount),
-                       "rotate": (a.cos() * xs - a.sin() * ys * r, a.sin() * xs / r + a.cos() * ys, one)}[
-                           "scale" if name == "zoom_blur" else name]
-            frame = F.grid_sample(x, torch.stack([u / w, v / w], -1), padding_mode="reflection", align_corners=False)
-        if name == "zoom_blur":                                 # the mean so far (_zoom would jump by half a pixel)
-            total = total + frame
-            frame = total / (step + 1)
-        sequence.append(frame.round().clamp(0, 255).byte())
-    return torch.stack(sequence, 1)
-
+        a, b = sense * step * growth, 1 + step * growth  # uv: where in [-1,1] every pixel comes from, each (N,H,W)
+        uv = {"translate": (xs + a, ys), "tilt": (xs / (1 + a * xs), ys / (1 + a * xs)),
+              "rotate": (a.cos() * xs - a.sin() * ys * r, a.sin() * xs / r + a.cos() * ys)}.get(name, (xs / b, ys / b))
+        frame = _brighten(x, step * growth) if name == "brightness" else F.grid_sample(
+            x, torch.stack(uv, -1), padding_mode="reflection", align_corners=False)
+        sequence.append((sequence[-1] * step + frame) / (step + 1) if name == "zoom_blur" else frame)  # the mean so far
+    return torch.stack(sequence, 1).round().clamp(0, 255).byte()
 
 def flip_rate(predictions, noise=False):
     """Share of frames j >= 2 in predictions (sequences, frames) that differ from frame j-1 (noise: from frame 1)."""
@@ -725,120 +642,90 @@ def flip_rate(predictions, noise=False):
         raise ValueError(f"found predictions {tuple(p.shape)}; expected (sequences, frames) with 2 frames or more")
     return (p[:, 1:] != (p[:, :1] if noise else p[:, :-1])).double().mean().item()
 
-
 def mean_flip_rate(rates, reference):
     """mFR: 100 x the mean over perturbations of a model's flip rate / the reference's. ValueError if one is 0."""
     if not rates or rates.keys() != reference.keys() or not all(value > 0 for value in reference.values()):
-        raise ValueError(f"found {rates} and the reference {reference}; expected the same names, and no zero in the "
-                         "reference (the ratio would divide by it: measure more images)")
+        raise ValueError(f"found {rates} and the reference {reference}; expected the same names, no zero to divide by")
     return 100 * sum(rates[name] / reference[name] for name in rates) / len(rates)
 
-
 def mean_corruption_error(errors, reference):
-    """mCE: 100 x the mean over corruptions of (sum of a model's five errors) / (sum of the reference's). ValueError as
-    for mean_flip_rate, and for other than five errors."""
+    """mCE: the same for the sums of a corruption's five errors. ValueError for another number of errors, too."""
     if any(len(five) != 5 for five in (*errors.values(), *reference.values())):
         raise ValueError(f"found {errors} and the reference {reference}; expected five errors for every corruption")
-    return mean_flip_rate(*({name: sum(five) for name, five in each.items()} for each in (errors, reference)))
-
+    return mean_flip_rate({k: sum(errors[k]) for k in errors}, {k: sum(reference[k]) for k in reference})
 
 def fgsm(predict, images, labels, epsilon):
-    """x + epsilon sign(dCE/dx). images float (N,C,H,W) in [0,255], epsilon in the same units, labels (N,); predict maps
-    such images to logits (N,K), normalisation inside. Neither the parameters' gradients nor the model's mode change."""
+    """x + epsilon sign(dCE/dx): a single full step of pgd."""
     return pgd(predict, images, labels, epsilon, steps=1, step_size=epsilon)
 
-
 def pgd(predict, images, labels, epsilon, steps=10, step_size=None, random_start=False, generator=None):
-    """fgsm in small steps, each projected onto the L-infinity ball around images and onto [0,255]; random_start begins
-    anywhere in that ball. The paper names no step size: 2.5 epsilon / steps is our choice, a common one."""
+    """Steps up the cross-entropy in the L-infinity ball and [0,255]. images: float (N,C,H,W); epsilon: in their units;
+    predict: images -> logits (N,K), normalisation inside. The paper names no step_size: 2.5 epsilon / steps is ours."""
     if not images.is_floating_point() or epsilon < 0 or steps < 1:
         raise ValueError(f"found {images.dtype}, epsilon {epsilon}, {steps} steps; expected float images, >= 0, >= 1")
     x, step_size = images.detach(), 2.5 * epsilon / steps if step_size is None else step_size
+    low, high = (x - epsilon).clamp(min=0), (x + epsilon).clamp(max=255)
     if random_start:
-        x = x + epsilon * (torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) * 2 - 1)
-        x = x.clamp(0, 255)
+        x = (x + torch.empty_like(x).uniform_(-epsilon, epsilon, generator=generator)).clamp(low, high)
     for _ in range(steps):
-        with torch.enable_grad():                               # a sum: no image's gradient depends on its batch
-            loss = F.cross_entropy(predict(x.requires_grad_()), labels.long(), reduction="sum")
-            gradient, = torch.autograd.grad(loss, x)
-        x = x.detach() + step_size * gradient.sign()
-        x = (images + (x - images).clamp(-epsilon, epsilon)).clamp(0, 255).detach()
+        with torch.enable_grad():  # a sum: no image's gradient depends on its batch
+            g, = torch.autograd.grad(F.cross_entropy(predict(x.requires_grad_()), labels.long(), reduction="sum"), x)
+        x = (x.detach() + step_size * g.sign()).clamp(low, high)
     return x
 
-
-def robustness(predict, images, labels, *, seed=0, num_images=300, num_sequences=50, frames=30, batch_size=250,
+@torch.no_grad()
+def robustness(predict, images, labels, *, seed=0, num_images=300, num_sequences=50, frames=15, batch_size=250,
                epsilons=(2, 4, 8, 16), pgd_epsilon=1, steps=10, cifar10_c=None):
-    """The paper's robustness measures, as fractions, on num_images evenly spaced ones of uint8 images (N,C,H,W) with
-    labels (N,); predict as for fgsm. One seed shows every model the same pictures. cifar10_c=load_cifar10_c(...)
-    replaces corrupt. Costs about num_images * (70 + 3 steps) + 8 num_sequences * frames forward passes."""
-    def classify(x):
-        with torch.no_grad():
-            return predict(x.float()).argmax(1)
-
-    def error(x, y, change=lambda x, y: x):
-        batches = zip(x.split(batch_size), y.split(batch_size))
-        return sum((classify(change(a, b)) != b).sum().item() for a, b in batches) / len(y)
-
+    """The paper's measures, as fractions, on num_images evenly spaced uint8 images (N,C,H,W), the same for every model.
+    predict: as in pgd. Few frames, for a CPU: num_images * (70 + 3 steps) + 8 num_sequences * frames forward passes."""
     def some(array):
         return array[::max(1, len(array) // num_images)][:num_images]
+    def error(x, y, attack=lambda predict, x, y: x, *args):
+        parts = zip(x.to(images.device).split(batch_size), y.to(images.device).split(batch_size))
+        return int(sum(predict(attack(predict, a.float(), b, *args)).argmax(1).ne(b).sum() for a, b in parts)) / len(y)
     x, y, generator, flips = some(images), some(labels), torch.Generator(images.device).manual_seed(seed), {}
     if cifar10_c is None:
-        errors = {name: [error(x, y, lambda a, _: corrupt(a, name, severity, generator)) for severity in range(1, 6)]
-                  for name in CORRUPTIONS}
-    else:                                                       # these files hold their own pictures and labels
-        sets, truth = cifar10_c[0], some(cifar10_c[1]).to(x.device)
-        errors = {k: [error(torch.tensor(some(part), device=x.device), truth) for part in sets[k]] for k in sets}
-    for name in PERTURBATIONS:
-        sequences = (perturbation_sequence(part, name, frames, generator)
-                     for part in x[:num_sequences].split(max(1, batch_size // frames)))
-        predictions = torch.cat([classify(s.flatten(0, 1)).view(-1, frames) for s in sequences])
-        flips[name] = flip_rate(predictions, noise=PERTURBATIONS[name] is None)
+        errors = {k: [error(corrupt(x, k, s, generator), y) for s in range(1, 6)] for k in CORRUPTIONS}
+    else:  # load_cifar10_c(...): these files hold their own pictures and labels
+        errors = {k: [error(torch.tensor(some(p)), some(cifar10_c[1])) for p in ps] for k, ps in cifar10_c[0].items()}
+    for k, growth in PERTURBATIONS.items():
+        parts = perturbation_sequence(x[:num_sequences], k, frames, generator).flatten(0, 1).split(batch_size)
+        flips[k] = flip_rate(torch.cat([predict(p.float()).argmax(1) for p in parts]).view(-1, frames), growth is None)
     return {"clean_error": error(x, y), "corruption_errors": errors, "flip_rates": flips,
-            "fgsm": {str(e): error(x, y, lambda a, b: fgsm(predict, a.float(), b, e)) for e in epsilons},
-            "pgd": {"steps": steps, "epsilon": pgd_epsilon,
-                    "error": error(x, y, lambda a, b: pgd(predict, a.float(), b, pgd_epsilon, steps))}}
-
+            "fgsm": {str(e): error(x, y, fgsm, e) for e in epsilons},
+            "pgd": {"steps": steps, "epsilon": pgd_epsilon, "error": error(x, y, pgd, pgd_epsilon, steps)}}
 
 def robustness_table(reports, reference="supervised"):
-    """reports: model -> robustness(...). Adds 'mce' and 'mfr' against reports[reference] to each; returns the table.
-    What the reference never errs on has no ratio: it is left out for every model, and the last line says so."""
-    measures = {"mce": ("corruption_errors", mean_corruption_error), "mfr": ("flip_rates", mean_flip_rate)}
-    base = reports[reference]
-    kept = {key: [name for name in base[part] if np.sum(base[part][name]) > 0] for key, (part, _) in measures.items()}
+    """reports: model -> robustness(...), which gets 'mce' and 'mfr' against reports[reference]. Returns the table."""
+    base, without = reports[reference], []
+    for key, part, mean in ("mce", "corruption_errors", mean_corruption_error), ("mfr", "flip_rates", mean_flip_rate):
+        kept = [name for name in base[part] if np.sum(base[part][name]) > 0]
+        without += [f"{key}: {name}" for name in base[part] if name not in kept]
+        for r in reports.values():
+            r[key] = mean({k: r[part][k] for k in kept}, {k: base[part][k] for k in kept}) if kept else None
     rows = [["error in %", "clean", "corrupted", "mCE", "mFR", *(f"FGSM {e}" for e in base["fgsm"]),
              "PGD-{steps}, {epsilon}".format(**base["pgd"])]]
-    for model, report in reports.items():
-        for key, (part, mean) in measures.items():
-            ours, theirs = [{name: each[part][name] for name in kept[key]} for each in (report, base)]
-            report[key] = mean(ours, theirs) if ours else None
-        cells = [100 * np.mean(e) for e in (report["clean_error"], [*report["corruption_errors"].values()],
-                                            *report["fgsm"].values(), report["pgd"]["error"])]
-        cells[2:2] = report["mce"], report["mfr"]
+    for model, r in reports.items():
+        cells = 100 * r["clean_error"], 100 * np.mean([*r["corruption_errors"].values()]), r["mce"], r["mfr"], *(
+            100 * e for e in (*r["fgsm"].values(), r["pgd"]["error"]))
         rows.append([model, *("-" if cell is None else f"{cell:.1f}" for cell in cells)])
-    without = [f"{key}: {name}" for key, (part, _) in measures.items() for name in base[part] if name not in kept[key]]
     return "\n".join(["".join(f"{cell:>12}" for cell in row) for row in rows] + [
-        f"mCE and mFR: lower is better; the reference, 100, is this run's {reference!r}"
-        + (f" (left out, as it makes no error there: {', '.join(without)})" if without else "")])
-
+        f"mCE, mFR: this run's {reference!r} is 100, less is better; left out, 0 there: {', '.join(without) or '-'}"])
 
 def load_cifar10_c(folder):
-    """Unpacked CIFAR-10-C -> ({corruption: uint8 (5,n,3,32,32), by severity, mapped from its file} for the 15 of the
-    mCE, labels int64 (n,)); n is 10,000 there. UserError for a missing or malformed file."""
-    def load(name, kind, *shape):
+    """Folder of CIFAR-10-C -> ({corruption: mapped uint8 (severity,n,3,32,32)}, labels int64 (n,)), or UserError."""
+    files = {}
+    for name in ("labels", *CIFAR10_C):
         try:
-            array = np.load(os.path.join(folder, name + ".npy"), mmap_mode="r")
+            a = files[name] = np.load(os.path.join(folder, name + ".npy"), mmap_mode="r")
         except (OSError, ValueError, EOFError) as problem:
             raise UserError(f"cannot read {name}.npy in {folder} ({problem}); expected CIFAR-10-C, unpacked") from None
-        if not np.issubdtype(array.dtype, kind) or array.shape != (shape or (array.size // 5 * 5 or 5,)):
-            raise UserError(f"found {array.dtype} {array.shape} in {name}.npy of {folder}; expected "
-                            f"{kind.__name__} {shape or '(five times the number of images,)'}")
-        return array.reshape(5, -1, *array.shape[1:])
-    labels = load("labels", np.integer)
-    if (labels != labels[0]).any():
-        raise UserError(f"found other labels at other severities in labels.npy of {folder}; expected five equal parts")
-    sets = {name: load(name, np.uint8, labels.size, 32, 32, 3).transpose(0, 1, 4, 2, 3) for name in CIFAR10_C}
-    return sets, torch.from_numpy(labels[0].astype(np.int64))
-
+        n = files["labels"].size // 5
+        if not (n and a.dtype.kind in "iu" and np.array_equal(a, np.tile(a[:n], 5)) if name == "labels" else
+                a.dtype == np.uint8 and a.shape == (5 * n, 32, 32, 3)):
+            raise UserError(f"found {a.dtype} {a.shape} in {name}.npy; expected CIFAR-10-C's (no other labels later)")
+    labels = torch.from_numpy(files.pop("labels")[:n].astype(np.int64))
+    return {name: a.reshape(5, n, 32, 32, 3).transpose(0, 1, 4, 2, 3) for name, a in files.items()}, labels
 
 def measure_robustness(model, data, config):
     """robustness() of a network in evaluation mode on config.robustness_images of the test images."""
@@ -849,8 +736,8 @@ def measure_robustness(model, data, config):
             return model(normalise(x, data)).float()
     step = max(1, len(data.test_images) // config.robustness_images)
     rows = torch.arange(0, len(data.test_images), step)[:config.robustness_images]
-    return robustness(predict, gather(data.test_images, rows, device), data.test_labels[rows.to(device)], num_images=len(rows),
-                      cifar10_c=load_cifar10_c(config.cifar10_c) if config.cifar10_c else None)
+    return robustness(predict, gather(data.test_images, rows, device), data.test_labels[rows.to(device)],
+                      num_images=len(rows), cifar10_c=load_cifar10_c(config.cifar10_c) if config.cifar10_c else None)
 
 
 # ---- Data --------------------------------------------------------------------------- (SVHN split: the official code)
@@ -864,7 +751,6 @@ DOWNLOADS = {  # file: URL, MD5, bytes
     "cifar-10-python.tar.gz": (CIFAR + "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", 170_498_071)}
 BATCHES = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["test_batch"]}  # CIFAR-10
 SVHN_MEAN, SVHN_STD = (0.4376821, 0.4437697, 0.47280442), (0.19803012, 0.20101562, 0.19703614)  # official code
-
 
 @dataclass
 class Data:
@@ -885,7 +771,6 @@ class Data:
         def move(value):
             return value.to(device) if isinstance(value, torch.Tensor) and value.nbytes <= gibibytes * 2**30 else value
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
-
 
 def load_data(config):
     """The data set that `config` names, as Data. Raises UserError for whatever is missing, malformed or impossible.
@@ -958,11 +843,9 @@ def load_data(config):
                 torch.from_numpy(labels[dev]), test_images, torch.from_numpy(test_labels), K, mean, std,
                 flip=name == "cifar10")
 
-
 def take(images, index):
     """images[index] for an index without repeats; no copy if that is everything (the images may be larger than RAM)."""
     return images if len(index) == len(images) else images[torch.from_numpy(index)]
-
 
 def at_most(n, images, labels=None):
     """A random n of the images, always the same ones, and their labels, if any; all where n is None or large."""
@@ -970,7 +853,6 @@ def at_most(n, images, labels=None):
         return images, labels
     index = np.sort(np.random.RandomState(0).permutation(len(images))[:n])
     return take(images, index), None if labels is None else labels[index]
-
 
 def mean_std(*pools, limit=10_000):
     """Mean and standard deviation of each channel in units of 0-1, from about `limit` images at most: evenly spaced
@@ -984,7 +866,6 @@ def mean_std(*pools, limit=10_000):
     mean, square = moments.double() / count
     std = (square - mean ** 2).clamp(min=1).sqrt()  # at least one grey level: plain images must not divide by 0
     return (mean / 255).float(), (std / 255).float()
-
 
 def read_part(name, part, config):
     """Images uint8 (N,3,H,W) and labels, a numpy int64 (N,): the part 'train' or 'test', or 'pool', the training images
@@ -1012,7 +893,6 @@ def read_part(name, part, config):
                         "one per image, from 0 to K-1")
     return images, np.array(labels, np.int64)
 
-
 def read_images(path):
     """A .npy file of images as a tensor (N,3,H,W) that maps the file: only the images of a batch are ever read."""
     array = load_npy(path)
@@ -1023,7 +903,6 @@ def read_images(path):
         raise UserError(f"{path}: images of {images.shape[2]} x {images.shape[3]} pixels; expected at least 8 x 8")
     return images
 
-
 def load_npy(path):
     try:  # mode 'c': a page is read when touched, and writing (nothing here does) would not reach the file
         array = np.load(path, mmap_mode="c", allow_pickle=False)
@@ -1032,7 +911,6 @@ def load_npy(path):
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path}: an archive; expected one array, written with numpy.save")
     return array
-
 
 def read_svhn(file, config, joined=np.empty((0, 3, 32, 32))):
     """Images (N,3,32,32) and labels (N,), 0 to 9, of one of SVHN's files; the images `joined` follow the file's own."""
@@ -1051,10 +929,8 @@ def read_svhn(file, config, joined=np.empty((0, 3, 32, 32))):
     images[y.size:] = joined
     return torch.from_numpy(images), y.reshape(-1).astype(np.int64) % 10  # the digit 0 has label 10
 
-
 MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}  # stored
 MAT_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
-
 
 def read_mat(path, spare=0):
     """The numeric arrays of a MATLAB 5 file (save -v6, -v7): {name: ndarray}, column-major as MATLAB has them.
@@ -1068,7 +944,6 @@ def read_mat(path, spare=0):
             return dict(mat_variables(file, os.fstat(file.fileno()).st_size, spare))
     except (OSError, ValueError, MemoryError, zlib.error) as error:
         raise UserError(f"{path}: not a whole MATLAB 5 file ({error}); delete it and fetch it again") from None
-
 
 def mat_variables(file, end, spare):
     """Yields (name, array). An element is a tag (type, bytes) and data: outermost a matrix (type 14), or one compressed
@@ -1125,7 +1000,6 @@ def mat_variables(file, end, spare):
             yield name, array.astype(meant, copy=False)  # MATLAB stores whole doubles in smaller types
         file.seek(start + size)
 
-
 class Inflated(io.RawIOBase):
     """The next `size` bytes of `file`, decompressed piece by piece into the reader's own buffer."""
     def __init__(self, file, size):
@@ -1146,7 +1020,6 @@ class Inflated(io.RawIOBase):
         buffer[:len(data)] = data
         return len(data)
 
-
 def read_cifar10(files, config):
     """Images (N,3,32,32) and labels (N,) of some of CIFAR-10's Python batches."""
     folder = Path(config.data_dir) / "cifar-10-batches-py"
@@ -1154,7 +1027,6 @@ def read_cifar10(files, config):
         unpack_cifar10(fetch("cifar-10-python.tar.gz", config), folder)
     images, labels = (np.concatenate(parts) for parts in zip(*(read_batch(folder / file) for file in files)))
     return torch.from_numpy(images).view(-1, 3, 32, 32), labels.astype(np.int64)
-
 
 def read_batch(path):
     try:
@@ -1169,7 +1041,6 @@ def read_batch(path):
                         "uint8 (N,3072) and N labels from 0 to 9")
     return images, labels
 
-
 class Pickled:
     """Stands in for numpy's arrays and dtypes while unpickling: it keeps what the file says and runs none of it."""
     def __init__(self, *args):
@@ -1177,7 +1048,6 @@ class Pickled:
 
     def __setstate__(self, state):
         self.state = state
-
 
 class Unpickler(pickle._Unpickler):
     """Admits arrays and plain containers only. It is the version in Python because the C one lets a damaged file make
@@ -1192,7 +1062,6 @@ class Unpickler(pickle._Unpickler):
             return lambda text, encoding: text.encode("latin1")
         raise pickle.UnpicklingError(f"it wants {name} of {module}")
 
-
 def unpickled(value):
     """The array that a Pickled describes, or a list of numbers as an array."""
     if not isinstance(value, Pickled):
@@ -1200,7 +1069,6 @@ def unpickled(value):
     _, shape, dtype, fortran, data = value.state
     kind, order = (v.decode() if isinstance(v, bytes) else v for v in (dtype.args[0], dtype.state[1]))
     return np.frombuffer(data, np.dtype(kind).newbyteorder(order)).reshape(shape, order="F" if fortran else "C")
-
 
 def unpack_cifar10(archive, folder):
     """Writes the six batches, and nothing else, from the archive into `folder`."""
@@ -1222,14 +1090,12 @@ def unpack_cifar10(archive, folder):
     if missing:
         raise UserError(f"{archive}: holds no {', '.join(sorted(missing))}; delete it to fetch it again")
 
-
 def fetch(file, config):
     """The path of an official file in `config.data_dir`, downloaded if it is not there."""
     path, (url, md5, size) = Path(config.data_dir) / file, DOWNLOADS[file]
     if not path.exists():
         download(url, path, md5, size)
     return path
-
 
 def download(url, path, md5, size):
     """Fetches `url` to `path`: continues an interrupted PATH.part, checks bytes and MD5, and only then renames it."""
@@ -1275,7 +1141,6 @@ TYPEFACES = (
     "40 10 10 03 03 43 48 08 07|30 04 08 48 44 14 05|01 00 00 40 40 24 28,14 44|20 00 03 45 48 08 05 43 40 20|"
     "43 44 04 00 40 43 38 18")
 
-
 @functools.lru_cache
 def digit_fields():
     """The distance to the nearest stroke at points 1/4 column apart, each typeface round and square: (4,10,53,41)."""
@@ -1296,7 +1161,6 @@ def digit_fields():
                     field = np.minimum(field, np.hypot(x - ax - t * dx, y - ay - t * dy))
             fields.append(field)
     return torch.from_numpy(np.stack(fields)).view(-1, 10, *x.shape)
-
 
 def make_digits(n, seed):
     """n pictures of a house number's digit and parts of its neighbours: uint8 (n,3,32,32) and labels int64 (n,).
@@ -1353,10 +1217,8 @@ def make_digits(n, seed):
 VERSION = 1
 SAVE_EVERY, REPORT_EVERY = 60.0, 1.0  # seconds; the first is what a killed run loses at most
 
-
 class Stopped(Exception):
     """Ctrl-C: the state is saved, and the message says how to go on."""
-
 
 class Run:
     """One output folder: checkpoint.pt, NAME.pt for each finished generation, results.json, log.jsonl; and the progress
@@ -1373,8 +1235,8 @@ class Run:
             self.records = self.state["generations"]
             same_config(path, self.state["config"], identity(config))
         elif self.main and not config.resume and self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} is not empty: expected a new output folder; add --resume to go on with the run "
-                            "in it, or choose another --out")
+            raise UserError(f"{self.folder} is not empty: expected a new output folder; add --resume to go on with "
+                            "the run in it, or choose another --out")
         if self.main:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -1401,7 +1263,7 @@ class Run:
 
     def begin(self, name, network, pseudo=None):
         self.name, self.network, self.pseudo, self.seconds = name, network, pseudo, 0.0
-        self.images = self.images_before = self.images_seen = 0  # trained on; before this process began; at the last report
+        self.images = self.images_before = self.images_seen = 0  # all; at the start; at the last report
         self.started = self.seen = self.shown = self.saved = time.monotonic()
         return self
 
@@ -1436,8 +1298,9 @@ class Run:
                 print(line, flush=True)
                 self.shown = now
             self.log.write(json.dumps(dict(
-                generation=self.name, step=step, learning_rate=lr, loss_labeled=loss_labeled, seconds=round(seconds, 2),
-                loss_unlabeled=loss_unlabeled if self.pseudo else None, images_per_second=round(rate))).encode() + b"\n")
+                generation=self.name, step=step, learning_rate=lr, seconds=round(seconds, 2), loss_labeled=loss_labeled,
+                loss_unlabeled=loss_unlabeled if self.pseudo else None, images_per_second=round(rate)))
+                .encode() + b"\n")
         self.seen, self.images_seen = now, self.images
         if now - self.saved >= SAVE_EVERY or step == steps or self.stopping:
             self.save(dict(name=self.name, step=step, model=model.state_dict(), ema=ema.model.state_dict(),
@@ -1499,19 +1362,16 @@ class Run:
                 plot(self.config, self.data, self.records)
         return results
 
-
 def identity(config):
     """The part of a configuration that decides the results: what --resume compares."""
     skip = {f.name for f in fields(Config) if f.metadata.get("action")} | {"out", "plot", "memory"}
     return {name: value for name, value in asdict(config).items() if name not in skip}
 
-
 def same_config(path, saved, wanted):
     for name, value in wanted.items():
         if name in saved and saved[name] != value:
-            raise UserError(f"{path} was made with {name} = {saved[name]}, and this run has {name} = {value}: drop the flag, "
-                            "or choose another --out for a new run")
-
+            raise UserError(f"{path} was made with {name} = {saved[name]}, and this run has {name} = {value}: drop "
+                            "the flag, or choose another --out for a new run")
 
 @contextlib.contextmanager
 def writing(path):
@@ -1519,13 +1379,11 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}; make room, or choose "
-                        "another --out (the files already there are intact)") from None
-
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}; make room, or "
+                        "choose another --out (the files already there are intact)") from None
 
 def first_line(error):
     return str(error).partition("\n")[0][:120]
-
 
 def replace_file(path, write):
     """Call write(file) on a temporary file beside `path`, flush it to the disk and rename it."""
@@ -1540,29 +1398,25 @@ def replace_file(path, write):
         temporary.unlink(missing_ok=True)
         raise
 
-
 def save_file(path, kind, content):
     with writing(path):
         replace_file(path, lambda file: torch.save(content | {"kind": kind, "version": VERSION}, file))
-
 
 def load_file(path, kind):
     """What save_file wrote: tensors and plain values only, of this kind and version."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"{path} is not a {kind} that can be read ({first_line(error)}): expected one that a run of this "
-                        "program wrote; delete it or choose another") from None
+        raise UserError(f"{path} is not a {kind} that can be read ({first_line(error)}): expected one that a run "
+                        "of this program wrote; delete it or choose another") from None
     found = (content.get("kind"), content.get("version")) if isinstance(content, dict) else type(content).__name__
     if found != (kind, VERSION):
         raise UserError(f"{path}: found {found}, expected a {kind} of version {VERSION}; use the program that wrote it")
     return content
 
-
 def save_model(path, model, network, data):
-    save_file(path, "model", dict(network=network, num_classes=data.num_classes, mean=data.mean.cpu(), std=data.std.cpu(),
-                                  small_images=is_small(data), weights=model.state_dict()))
-
+    save_file(path, "model", dict(network=network, num_classes=data.num_classes, mean=data.mean.cpu(),
+                                  std=data.std.cpu(), small_images=is_small(data), weights=model.state_dict()))
 
 def load_model(path, device):
     """(network in evaluation mode, the file's other entries)."""
@@ -1571,19 +1425,16 @@ def load_model(path, device):
     model.load_state_dict(info.pop("weights"))
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), info
 
-
 def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
-
 def results_table(records):
-    rows = [("generation", "network", "parameters", "kept", "balanced", "dev error", "test error", "images seen", "time")]
+    rows = ["generation,network,parameters,kept,balanced,dev error,test error,images seen,time".split(",")]
     for r in records:
         kept, balanced = (f"{r[k]:,}" if r[k] else "-" for k in ("kept", "balanced"))
         rows.append((r["name"], r["model"], f"{r['params']:,}", kept, balanced, f"{r['dev_error']:.2%}",
                      f"{r['test_error']:.2%}", f"{r['images_seen']:,}", clock(r["seconds"])))
     return align(rows)
-
 
 def align(rows):
     """Columns of text: the first left-aligned, the others right-aligned."""
@@ -1591,13 +1442,12 @@ def align(rows):
     return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
                      for row in rows)
 
-
 def plot(config, data, records):
     """OUT/noisy_student.png: error by generation, training curves, what teacher and student see, robustness."""
     try:
         from matplotlib import pyplot
     except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib, then --resume --plot draws this finished run") from None
+        raise UserError("--plot needs matplotlib: pip install it, and --resume --plot draws the finished run") from None
     folder, names = Path(config.out), [r["name"] for r in records]
     figure, grid = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
     (errors, curves, table), (corrupted, attacked, _) = grid
@@ -1617,10 +1467,10 @@ def plot(config, data, records):
         corrupted.barh(np.arange(len(mean)) + 0.2 * k, mean, 0.2, label=f"{name}: mCE {r['mce'] or math.nan:.0f}")
         attacked.plot([int(e) for e in r["fgsm"]], [100 * e for e in r["fgsm"].values()], "o-", label=name)
         corrupted.set_yticks(np.arange(len(mean)), list(r["corruption_errors"]))
-        corrupted.legend()
-        attacked.legend()
     corrupted.set(title="error under corruptions, %")
+    corrupted.legend(loc="lower right")
     attacked.set(title="error under FGSM, %", xlabel="epsilon, in 0-255 units")
+    attacked.legend()
     # A strip of unlabelled images: what the teacher labels (clean) above what the student learns from (noised).
     device = data.labels.device
     images = gather(data.unlabeled_images, torch.arange(min(6, len(data.unlabeled_images))), device)
@@ -1630,7 +1480,7 @@ def plot(config, data, records):
     table.imshow(strip.permute(1, 2, 0).cpu())
     W = images.shape[3]
     table.set_xticks([W * (k + 0.5) for k in range(len(images))], [f"{int(q.argmax())}\n{q.max():.2f}" for q in p])
-    table.set(title="teacher's view, student's view; pseudo label, confidence", yticks=[])
+    table.set(title="teacher sees (above), student sees; label, confidence", yticks=[])
     grid[1, 2].axis("off")
     figure.savefig(folder / "noisy_student.png", dpi=80)
 
@@ -1640,6 +1490,15 @@ def world_of():
     """(rank, number of processes); (0, 1) outside torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
+def load_data_once(config):
+    """load_data; in a distributed run rank 0 goes first, so that only one process downloads."""
+    rank, world = world_of()
+    if rank > 0:
+        dist.barrier()
+    data = load_data(config)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    return data
 
 def setup(config):
     """Choose the device, and join the other processes under torchrun -> torch.device."""
@@ -1650,8 +1509,8 @@ def setup(config):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {config.device} cannot be used ({first_line(error)}): expected auto, cpu, or a GPU of "
-                        "this machine") from None
+        raise UserError(f"--device {config.device} cannot be used ({first_line(error)}): expected auto, cpu, or a "
+                        "GPU of this machine") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -1661,7 +1520,6 @@ def setup(config):
     if config.batch % world:
         raise UserError(f"--batch {config.batch} cannot be shared by {world} processes: expected a multiple of {world}")
     return device
-
 
 def benchmark(config):
     """Print images/s of augmentation, labelling and a student step, and the peak memory, on random images."""
@@ -1685,15 +1543,13 @@ def benchmark(config):
         peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, the whole process"
     print(f"{align(rows)}\npeak memory: {peak}")
 
-
 def random_data(config, device):
     """Random images and pseudo labels of the data set's shapes, for timing."""
     n = max(1000, config.batch * config.ratio)
     images, labels = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8), torch.arange(n) % 10
-    data = Data(images, labels, images, images, labels, images, labels, 10, torch.full((3,), 0.5), torch.full((3,), 0.25),
-                config.dataset == "cifar10")
+    data = Data(images, labels, images, images, labels, images, labels, 10, torch.full((3,), 0.5),
+                torch.full((3,), 0.25), config.dataset == "cifar10")
     return data.to(device, config.memory), Pseudo(torch.arange(n), torch.full((n, 10), 0.1), n)
-
 
 def timed(function, device, seconds=2.0):
     """Median seconds per call, after one to warm up."""
@@ -1706,13 +1562,11 @@ def timed(function, device, seconds=2.0):
         times.append(time.perf_counter() - start)
     return float(np.median(times[1:]))
 
-
 def step_seconds(network, data, pseudo, config):
     """Seconds per training step: the training loop itself, 5 steps less 1."""
     model, device = build(network, data, config), data.labels.device
     one, five = (timed(lambda: train(model, data, config, pseudo, steps=n), device, n) for n in (1, 5))
     return max(five - one, 1e-9) / 4
-
 
 def dry_run(config):
     """Print every value with its source, and the time that the run would take here."""
@@ -1735,29 +1589,26 @@ def dry_run(config):
         print(f"{name:<12} {network:<6} {steps:>8,} steps {seconds / 60:10.1f} min")
     print(f"{'all':<34} {total / 60:10.1f} min")
 
-
 def evaluate(config):
     """Measure a saved network again: dev and test error, and its robustness beside that of the supervised control."""
     device = setup(config)
     data = load_data(config).to(device, config.memory)
     model, info = load_model(config.evaluate, device)
     if info["num_classes"] != data.num_classes or info["small_images"] != is_small(data):
-        raise UserError(f"{config.evaluate} is for {info['num_classes']} classes, and {config.dataset} has {data.num_classes} "
-                        "(or images of another size): give the --dataset it was trained on")
+        raise UserError(f"{config.evaluate} is for {info['num_classes']} classes, {config.dataset} has {data.num_classes}"
+                        " (or images of another size): give the --dataset it was trained on")
     data = replace(data, mean=info["mean"].to(device), std=info["std"].to(device))
-    for part, images, labels in (("dev", data.dev_images, data.dev_labels), ("test", data.test_images, data.test_labels)):
-        print(f"{part} error {error_rate(model, images, labels, data, config):.2%}")
+    print(f"dev error {error_rate(model, data.dev_images, data.dev_labels, data, config):.2%}")
+    print(f"test error {error_rate(model, data.test_images, data.test_labels, data, config):.2%}")
     if config.robustness:
         beside = [Path(config.evaluate).with_name("supervised.pt"), Path(config.evaluate)]
         reports = {path.stem: measure_robustness(load_model(path, device)[0], data, config)
                    for path in dict.fromkeys(beside) if path.exists()}
         print(robustness_table(reports, reference=next(iter(reports))))
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; see --help")
-
 
 def recipe_of(preset, dataset):
     recipes = PRESETS[preset]
@@ -1765,7 +1616,6 @@ def recipe_of(preset, dataset):
     if recipe is None:
         raise UserError(f"--preset {preset} has no recipe for {dataset!r}: expected --dataset {' or '.join(recipes)}")
     return recipe
-
 
 def parse_args(argv=None):
     """Command line -> Config. Its fields are the flags; the preset of the data set fills in what no flag gives."""
@@ -1797,8 +1647,9 @@ def parse_args(argv=None):
             saved = load_file(path, "checkpoint")["config"]
             same_config(path, saved, given)
             return Config(**saved | given)
+    if "steps" in given:  # every generation's, the teacher's included
+        given.setdefault("teacher_steps", None)
     return complete(Config(**recipe_of(preset, dataset) | given))
-
 
 def optional(kind):
     """An argparse type that also takes none and all, which mean None."""
@@ -1806,7 +1657,6 @@ def optional(kind):
         return None if text in ("none", "all") else kind(text)
     convert.__name__ = kind.__name__  # argparse prints it
     return convert
-
 
 def out_of_memory(config):
     """One line with a labelled batch that would fit, from the peak that one step of an eighth of the batch needs."""
@@ -1822,17 +1672,24 @@ def out_of_memory(config):
         fits = int(0.9 * torch.cuda.mem_get_info()[0] / each)
     except torch.OutOfMemoryError:
         fits = config.batch // 8
-    return (f"the GPU is out of memory with --batch {config.batch} and {config.ratio} times as many unlabelled images: about "
-            f"--batch {max(1, min(fits, config.batch // 2))} would fit; choose that, a lower --ratio, or smaller --models")
+    return (f"the GPU is out of memory with --batch {config.batch} --ratio {config.ratio}: about --batch "
+            f"{max(1, min(fits, config.batch // 2))} would fit; choose that, a lower --ratio, or smaller --models")
 
+def keep_freed_memory():
+    """Ask glibc to keep freed memory: handing tensors back and faulting them in costs 5-25% of a CPU step."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
 
 def main(argv=None):
     """Run the command line -> exit status: 0 done, 2 an error that one line explains, 130 stopped by Ctrl-C."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    keep_freed_memory()
     try:
         config = parse_args(argv)
-        (dry_run if config.dry_run else benchmark if config.benchmark else evaluate if config.evaluate else noisy_student)(config)
+        action = dry_run if config.dry_run else benchmark if config.benchmark else noisy_student
+        (evaluate if config.evaluate else action)(config)
         return 0
     except UserError as error:
         print(f"noisy_student.py: error: {error}", file=sys.stderr)
@@ -1841,7 +1698,7 @@ def main(argv=None):
         print(f"noisy_student.py: error: {out_of_memory(config)}", file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt) as stop:
-        print(f"\nnoisy_student.py: {stop or 'interrupted; what was saved is at most a minute old: add --resume'}", file=sys.stderr)
+        print(f"\nnoisy_student.py: {stop or 'interrupted; add --resume to go on'}", file=sys.stderr)
         return 130
     finally:
         if threading.current_thread() is threading.main_thread():

@@ -1,6 +1,7 @@
 """Tests: against independent references first (golden outputs, float64 formulas, counts by hand), then determinism,
 properties, convergence, failures. `python -m pytest` runs them in under two minutes on two cores."""
 import base64
+import copy
 import dataclasses
 import hashlib
 import http.server
@@ -25,11 +26,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import efficientnet
 import noisy_student as ns
 import randaugment
+from efficientnet import (FAMILY, Conv, EfficientNet, compound_scaling, fold_batchnorm, load_timm, round_filters, round_repeats, stochastic_depth)
 from efficientnet import EfficientNet
 from noisy_student import UserError, load_data, make_digits, read_batch, read_mat
 from randaugment import OPS, SIGNED, RandAugment, apply_op, cutout, random_crop, random_flip
@@ -471,6 +474,427 @@ def test_students_learn_from_pseudo_labels():
     pseudo = ns.Pseudo(torch.arange(400), ns.smoothed_one_hot(lu, 2, 0.2), 400)
     error = [ns.error_rate(ns.train(ns.build("nano", data, config), data, config, p, steps=60), t, lt, data, config) for p in (None, pseudo)]
     assert error[1] < 0.15 and error[1] < error[0] - 0.05, error
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    """torchrun with two gloo processes: the global batch, its noise and the labels are those of a single process."""
+    flags = [*SMALL, "--steps", "3", "--batch", "8", "--device", "cpu", "--learning-rate", "0.02"]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    one = subprocess.run([sys.executable, "noisy_student.py", *flags, "--out", str(tmp_path / "one")], env=env)
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "noisy_student.py", *flags,
+                          "--out", str(tmp_path / "two")], env=env)
+    assert one.returncode == two.returncode == 0
+    (figures, weights), (figures2, weights2) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
+    assert [g["images_seen"] for g in figures] == [g["images_seen"] for g in figures2]
+    for file in weights:
+        for name, value in weights[file].items():
+            if value.is_floating_point():
+                assert torch.allclose(value, weights2[file][name], rtol=2e-2, atol=2e-3 * value.abs().max().item() + 1e-6), (file, name)
+
+
+def test_steps_sets_every_generation():
+    assert ns.parse_args([]).teacher_steps == 1500 and ns.parse_args(["--steps", "7"]).teacher_steps is None
+    assert ns.parse_args(["--steps", "7", "--teacher-steps", "9"]).teacher_steps == 9
+
+
+@pytest.mark.parametrize("flag", ["--benchmark", "--dry-run"])
+def test_benchmark_and_dry_run_leave_no_files(flag, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ns, "timed", lambda function, *_: (function(), 0.25)[1])  # the real calls, once each
+    assert ns.main([*SMALL, flag]) == 0
+    out = capsys.readouterr().out
+    assert "nano" in out and not list(tmp_path.iterdir())
+    if flag == "--dry-run":
+        assert all(f.name in out for f in dataclasses.fields(ns.Config) if not f.metadata.get("action"))
+
+
+# ---- README
+README = open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "README.md")).read()
+
+
+def test_every_name_in_the_readme_exists():
+    names = set(re.findall(r"`([A-Za-z_]\w+)(?:\(\))?`", README)) | set(re.findall(r"`(\w+)\[", README))
+    known = {name for module in (ns, efficientnet, randaugment) for name in vars(module)} | {f.name for f in dataclasses.fields(ns.Config)}
+    words = {"data", "supervised", "folder", "seed", "num_updates", "results", "average", "ratio", "sum", "paper", "demo"}
+    assert names - known - words == set()
+    assert {"noisy_student", "pseudo_label", "filter_and_balance", "RMSpropTF", "corrupt"} <= names
+
+
+def test_every_command_in_the_readme_parses():
+    commands = re.findall(r"noisy_student\.py((?: --?[\w-]+(?: [\w./]+)*)*)", README)
+    assert len(commands) > 15
+    for command in commands:
+        if "FOLDER" not in command and "--evaluate" not in command and "--resume" not in command:
+            ns.parse_args(command.split() + ["--out", "nowhere"])
+
+
+# ==== EfficientNet ====================================================================================================
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+# ---- The family ----
+def test_family_as_printed_has_the_published_parameters_and_multiply_adds(capsys):
+    assert efficientnet.main([]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    parameters = dict(b0=5288548, b1=7794184, b2=9109994, b3=12233232, b4=19341616, b5=30389784, b6=43040704, b7=66347960,
+                      l0=140764664, l1=272630564, l2=480309308)
+    assert {name: int(rows[name][6].replace(",", "")) for name in parameters} == parameters
+    assert all(rows[name][6] == rows[name][7] for name in parameters)               # ours beside the published
+    flops = dict(b0=.39, b1=.70, b2=1.0, b3=1.8, b4=4.2, b5=9.9, b6=19, b7=37)      # EfficientNet table 2, in 1e9
+    for name, published in flops.items():
+        assert abs(float(rows[name][8][:-1]) / published - 1) < 0.05 and float(rows[name][9][:-1]) == published
+    assert abs(float(rows["l2"][8][:-1]) - 170.9) < 0.1 and rows["l2"][9] == "-"
+    assert list(rows)[1:4] == ["nano", "micro", "tiny"] and rows["nano"][7] == rows["nano"][9] == "-"
+    sizes = [int(rows[name][6].replace(",", "")) for name in ("nano", "micro", "tiny", "b0")]
+    assert sizes == sorted(set(sizes))
+
+
+def test_family_is_the_table_of_the_papers():
+    table = {"b0": (1.0, 1.0, 224, .2), "b1": (1.0, 1.1, 240, .2), "b2": (1.1, 1.2, 260, .3), "b3": (1.2, 1.4, 300, .3),
+             "b4": (1.4, 1.8, 380, .4), "b5": (1.6, 2.2, 456, .4), "b6": (1.8, 2.6, 528, .5), "b7": (2.0, 3.1, 600, .5),
+             "l0": (2.8, 3.7, 380, .5, 600), "l1": (3.9, 3.7, 380, .5, 600), "l2": (4.3, 5.3, 475, .5, 800)}
+    for name, row in table.items():
+        assert tuple(FAMILY[name])[:len(row)] == row and (len(row) == 5 or FAMILY[name].test_resolution is None)
+
+
+def test_compound_scaling_rule_and_the_hand_rounding():
+    for phi in (0, 1, 2.5):
+        depth, width, resolution = compound_scaling(phi)
+        assert depth == pytest.approx(1.2 ** phi) and width == pytest.approx(1.1 ** phi)
+        assert resolution == pytest.approx(1.15 ** phi) and depth * width ** 2 * resolution ** 2 == pytest.approx(1.92 ** phi, rel=.01)
+    for name, phi in {"b0": 0, "b1": .5, "b2": 1, "b3": 2}.items():                 # these follow the rule
+        depth, width, resolution = compound_scaling(phi)
+        assert (round(depth, 1), round(width, 1)) == (FAMILY[name].depth, FAMILY[name].width)
+        assert abs(224 * resolution - FAMILY[name].resolution) < 4
+    for name, phi in {"b4": 3, "b5": 4, "b6": 5, "b7": 6}.items():                  # these lie above it
+        depth, width, resolution = compound_scaling(phi)
+        assert FAMILY[name].depth > depth and FAMILY[name].resolution > 224 * resolution + 30
+        assert FAMILY[name].width > round(width, 1)
+
+
+def test_rounding():
+    assert [round_filters(32, w) for w in (1.0, 1.1, 1.2, 1.4, 1.6, 1.8, 2.0, 4.3, 0.25)] == [32, 32, 40, 48, 48, 56, 64, 136, 8]
+    assert round_filters(24, 0.5) == 16                                             # 12 rounds to 16; 8 would be below 90%
+    assert [round_repeats(r, d) for r, d in ((1, 1.1), (2, 1.1), (4, 3.1), (3, 1.0))] == [2, 3, 13, 3]
+
+
+def test_small_images():
+    with torch.device("meta"):
+        model = EfficientNet("b0", 10, small_images=True).eval()
+    assert sum(p.numel() for p in model.parameters()) == 4_020_358
+    x, sides = torch.empty(1, 3, 32, 32, device="meta"), []
+    for layer in (model.stem, *model.blocks):
+        x = layer(x)
+        sides.append(x.shape[2])
+    assert sides == [16] * 6 + [8] * 6 + [4] * 5
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match="b9.*nano.*b0.*l2"):
+        EfficientNet("b9")
+    for bad in (dict(survival=0), dict(survival=1.2), dict(dropout=1.0), dict(dropout=-.1), dict(num_classes=0)):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            EfficientNet("nano", **bad)
+
+
+# ---- Layers ----
+def same_convolution(x, weight, stride):
+    """TensorFlow's depthwise SAME convolution, tap by tap, from its definition; float64 numpy."""
+    (n, c, h, w), k = x.shape, weight.shape[-1]
+    out_h, out_w = math.ceil(h / stride), math.ceil(w / stride)
+    top, left = max((out_h - 1) * stride + k - h, 0) // 2, max((out_w - 1) * stride + k - w, 0) // 2
+    y = np.zeros((n, c, out_h, out_w))
+    for i, j, a, b in np.ndindex(out_h, out_w, k, k):
+        row, column = i * stride + a - top, j * stride + b - left
+        if 0 <= row < h and 0 <= column < w:
+            y[:, :, i, j] += x[:, :, row, column] * weight[:, 0, a, b]
+    return y
+
+
+@pytest.mark.parametrize("kernel", (3, 5))
+@pytest.mark.parametrize("stride", (1, 2))
+def test_same_padding_and_gradients_at_any_size(kernel, stride):
+    for h, w in ((1, 1), (2, 2), (3, 3), (4, 4), (2, 5), (4, 3), (1, 9), (6, 6), (7, 8), (9, 9)):
+        torch.manual_seed(h * w)
+        x = torch.randn(2, 3, h, w, dtype=torch.double, requires_grad=True)
+        conv = Conv(3, 3, kernel, stride, groups=3, bias=False).double()
+        expected = same_convolution(x.detach().numpy(), conv.weight.detach().numpy(), stride)
+        assert np.allclose(conv(x).detach(), expected)
+        assert np.allclose(conv.eval()(x.detach()).detach(), expected)
+        frozen = copy.deepcopy(conv).requires_grad_(False)
+        assert np.allclose(frozen(x.detach().contiguous(memory_format=torch.channels_last)), expected)
+        grad = torch.randn(expected.shape, dtype=torch.double)
+        got = torch.autograd.grad(conv.train()(x), (x, conv.weight), grad)
+        pad_h, pad_w = (max((math.ceil(size / stride) - 1) * stride + kernel - size, 0) for size in (h, w))
+        padded = F.pad(x, (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2))
+        want = torch.autograd.grad(F.conv2d(padded, conv.weight, None, stride, 0, 1, 3), (x, conv.weight), grad)
+        assert all(torch.allclose(a, b) for a, b in zip(got, want)), (h, w)
+
+
+def test_pointwise_and_dense_convolutions_in_both_layouts():
+    torch.manual_seed(0)
+    for kernel, size in ((1, 1), (1, 4), (1, 7), (3, 5), (3, 6)):
+        conv, x = Conv(4, 6, kernel, 2 if kernel == 3 else 1), torch.randn(3, 4, size, size)
+        pad = max((math.ceil(size / conv.stride[0]) - 1) * conv.stride[0] + kernel - size, 0)
+        want = F.conv2d(F.pad(x, (pad // 2, pad - pad // 2) * 2), conv.weight, conv.bias, conv.stride)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            assert torch.allclose(conv(x.contiguous(memory_format=layout)), want, atol=1e-5)
+
+
+def test_initialisers_and_constants():
+    torch.manual_seed(0)
+    model = EfficientNet("b0", 50)
+    std = {name: p.std().item() for name, p in model.named_parameters()}
+    assert std["head.conv.weight"] == pytest.approx((2 / 1280) ** .5, rel=.02)
+    assert std["stem.conv.weight"] == pytest.approx((2 / (32 * 9)) ** .5, rel=.1)
+    assert std["blocks.12.depthwise.conv.weight"] == pytest.approx((2 / 25) ** .5, rel=.03)        # fan-out k^2, not k^2 C
+    assert std["blocks.12.squeeze.weight"] == pytest.approx((2 / 48) ** .5, rel=.03)
+    bound = model.classifier.weight.abs().max().item()
+    assert .99 * 50 ** -.5 < bound <= 50 ** -.5 and std["classifier.weight"] == pytest.approx((1 / 150) ** .5, rel=.02)
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 49 and all(m.eps == 1e-3 and m.momentum == .01 for m in norms)
+    assert model.blocks[5].squeeze.weight.shape[:2] == (10, 240)                    # a quarter of the 40 input filters
+    assert EfficientNet("nano", bn_momentum=.1).stem.norm.momentum == .1
+
+
+# ---- Noise ----
+def test_stochastic_depth_is_per_image_and_keeps_the_expectation():
+    torch.manual_seed(0)
+    x = torch.ones(4000, 3, 2, 2)
+    y = stochastic_depth(x, 0.8, True)
+    per_image = y.flatten(1)
+    assert (per_image == per_image[:, :1]).all() and set(per_image[:, 0].tolist()) == {0.0, 1.25}
+    assert (per_image[:, 0] > 0).float().mean().item() == pytest.approx(0.8, abs=.03)          # survival, not drop rate
+    assert stochastic_depth(x, 0.8, False) is x and stochastic_depth(x, 1.0, True) is x
+
+
+def test_linear_survival_rule_and_where_it_applies(monkeypatch):
+    model, seen = EfficientNet("b0", 4, survival=0.8).train(), []
+    assert [block.survival for block in model.blocks] == pytest.approx([1 - 0.2 * i / 16 for i in range(16)])
+    monkeypatch.setattr(efficientnet, "stochastic_depth", lambda x, survival, training, *_: seen.append((survival, training)) or x)
+    model(torch.randn(2, 3, 32, 32))
+    skips = [2, 4, 6, 7, 9, 10, 12, 13, 14]                                         # not where a stage begins
+    assert seen == [(pytest.approx(1 - 0.2 * i / 16), True) for i in skips]
+
+
+def test_noise_is_on_in_training_and_off_in_evaluation():
+    torch.manual_seed(0)
+    model, x = EfficientNet("nano", 5, small_images=True, dropout=.5), torch.randn(2, 3, 32, 32).repeat(2, 1, 1, 1)
+    y = model(x)
+    assert not torch.allclose(y[:2], y[2:])                                         # twins part
+    quiet = EfficientNet("nano", 5, small_images=True, dropout=0, survival=1.0)
+    quiet.load_state_dict(model.state_dict())
+    y = quiet(x)
+    assert torch.allclose(y[:2], y[2:], atol=1e-6)
+    model.eval(), quiet.eval().load_state_dict(model.state_dict())
+    assert torch.equal(model(x), model(x)) and torch.equal(model(x), quiet(x))
+
+
+def test_noise_can_be_kept_to_the_labelled_rows():
+    torch.manual_seed(0)
+    x = torch.ones(400, 2, 1, 1)
+    y = stochastic_depth(x, .5, True, 300)
+    assert torch.equal(y[300:], x[300:]) and 100 < (y[:300, 0] == 0).sum() < 200
+    model = EfficientNet("nano", 5, small_images=True, dropout=.5).train()
+    y = model(torch.randn(1, 3, 32, 32).repeat(6, 1, 1, 1), 3)
+    assert torch.allclose(y[3:], y[3:4].expand(3, 5), atol=1e-5) and not torch.allclose(y[0], y[1])
+
+
+def test_dropout_rate_and_scale():
+    torch.manual_seed(0)
+    model = EfficientNet("nano", 5, dropout=.5, survival=1.0).train()
+    features = []
+    model.classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    model.head.register_forward_hook(lambda *_: torch.ones(64, model.classifier.in_features, 1, 1))
+    model(torch.randn(2, 3, 32, 32))
+    assert set(features[0].unique().tolist()) == {0.0, 2.0} and abs((features[0] == 0).float().mean() - .5) < .02
+
+
+def test_ranks_share_the_noise_of_the_global_batch(monkeypatch):
+    x = torch.ones(8, 1, 1, 1)
+    torch.manual_seed(3)
+    whole = stochastic_depth(x, .5, True)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(efficientnet, "SHARD", (rank, 2))
+        torch.manual_seed(3)
+        parts.append(stochastic_depth(x[rank::2], .5, True))
+    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole) and 0 < (whole == 0).sum() < 8
+
+
+WORKER = """
+import os, sys, torch, torch.distributed as dist, efficientnet
+from torch.nn import functional as F
+rank, world, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+if world > 1:
+    dist.init_process_group("gloo", init_method="file://" + path + ".sync", rank=rank, world_size=world)
+efficientnet.SHARD = rank, world
+torch.manual_seed(0)
+model = efficientnet.EfficientNet("nano", 5, small_images=True, bn_momentum=0.1).train()
+x, y = torch.randn(8, 3, 32, 32) * 2 + 1, torch.arange(8) % 5
+share = slice(rank, None, world)
+for _ in range(2):
+    model.zero_grad()
+    F.cross_entropy(model(x[share]), y[share]).backward()
+for p in model.parameters():
+    if world > 1:
+        dist.all_reduce(p.grad)
+        p.grad /= world
+if rank == 0:
+    torch.save([{n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())], path)
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Batch-norm by the statistics of the global batch, and its noise: gradients and moving statistics of 2 = of 1."""
+    folder = os.path.dirname(os.path.abspath(efficientnet.__file__))
+    runs = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(world), str(tmp_path / f"of{world}")], cwd=folder)
+            for world in (1, 2) for rank in range(world)]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0, 0]
+    (grads1, buffers1), (grads2, buffers2) = torch.load(tmp_path / "of1"), torch.load(tmp_path / "of2")
+    scale = max(grad.abs().max() for grad in grads1.values())
+    for name, grad in grads1.items():
+        assert torch.allclose(grads2[name], grad, atol=1e-4 * scale, rtol=1e-2), name
+    for name, value in buffers1.items():
+        assert name.endswith("num_batches_tracked") or torch.allclose(buffers2[name], value, rtol=1e-3, atol=1e-5), name
+
+
+# ---- timm's weights ----
+def hashed(key, shape):
+    """Reproducible numbers in [-1, 1): integer arithmetic on the index and the key's CRC-32."""
+    bits = (np.arange(math.prod(shape), dtype=np.uint64) + zlib.crc32(key.encode())) * 2654435761 % 2 ** 32
+    bits = (bits ^ bits >> 15) * 2246822519 % 2 ** 32
+    bits = (bits ^ bits >> 13) * 3266489917 % 2 ** 32
+    return torch.tensor((bits ^ bits >> 16) / 2 ** 31 - 1, dtype=torch.float32).reshape(shape)
+
+
+def timm_b0(classes=5):
+    """A state dict of timm's tf_efficientnet_b0, filled with hashed numbers."""
+    shapes, channels = {"conv_stem.weight": (32, 3, 3, 3), "conv_head.weight": (1280, 320, 1, 1),
+                        "classifier.weight": (classes, 1280), "classifier.bias": (classes,)}, 32
+    norms = {"bn1": 32, "bn2": 1280}
+    for s, (repeats, k, expansion, filters) in enumerate(((1, 3, 1, 16), (2, 3, 6, 24), (2, 5, 6, 40), (3, 3, 6, 80),
+                                                          (3, 5, 6, 112), (4, 5, 6, 192), (1, 3, 6, 320))):
+        for r in range(repeats):
+            block, mid, squeezed = f"blocks.{s}.{r}.", channels * expansion, channels // 4
+            shapes |= {block + "conv_dw.weight": (mid, 1, k, k),
+                       block + "se.conv_reduce.weight": (squeezed, mid, 1, 1), block + "se.conv_reduce.bias": (squeezed,),
+                       block + "se.conv_expand.weight": (mid, squeezed, 1, 1), block + "se.conv_expand.bias": (mid,)}
+            if expansion == 1:
+                shapes[block + "conv_pw.weight"] = (filters, mid, 1, 1)
+                norms |= {block + "bn1": mid, block + "bn2": filters}
+            else:
+                shapes |= {block + "conv_pw.weight": (mid, channels, 1, 1), block + "conv_pwl.weight": (filters, mid, 1, 1)}
+                norms |= {block + "bn1": mid, block + "bn2": mid, block + "bn3": filters}
+            channels = filters
+    shapes |= {f"{norm}.{leaf}": (n,) for norm, n in norms.items() for leaf in ("weight", "bias", "running_mean", "running_var")}
+    if classes == 5:                                    # the keys and shapes of timm 1.0.31, checked by their CRC-32
+        assert zlib.crc32("\n".join(sorted(f"{key}:{shape}" for key, shape in shapes.items())).encode()) == 2047926294
+    state = {}
+    for key, shape in shapes.items():
+        spread = key.endswith("running_var") or "bn" in key and key.endswith(".weight")
+        scale = 1.45 * (3 / math.prod(shape[1:])) ** .5 if len(shape) > 1 else .5 if spread else .2
+        state[key] = spread + scale * hashed(key, shape)
+    return state
+
+
+@pytest.fixture(scope="module")
+def state():
+    return timm_b0()
+
+
+@pytest.mark.parametrize("size, expected", (        # logits of timm 1.0.31's tf_efficientnet_b0 for these weights and images
+    (64, ((-0.646267, 1.031024, -1.220668, 0.399492, 0.14964), (-0.178029, 0.454455, -0.749487, 0.483402, 0.20829))),
+    (65, ((-0.907289, 2.323824, -1.863422, 1.793897, 0.812639), (-0.292096, 2.018056, -2.462408, 1.900151, 0.635782)))))
+def test_logits_equal_those_of_timm_and_folding_keeps_them(state, size, expected):
+    model, expected = load_timm(EfficientNet("b0", 5).eval(), state), torch.tensor(expected)
+    folded, x = fold_batchnorm(model), 2 * hashed("image", (2, 3, size, size))
+    with torch.no_grad():
+        for logits in (model(x), folded(x), folded.to(memory_format=torch.channels_last)(x.contiguous(
+                memory_format=torch.channels_last)), fold_batchnorm(folded)(x)):
+            assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_wrong_weights_are_one_clear_error_and_leave_the_model_alone(state):
+    model = EfficientNet("b0", 5)
+    before = copy.deepcopy(model.state_dict())
+    missing = {key: value for key, value in state.items() if key != "blocks.3.1.bn2.bias"}
+    cases = [(missing, "missing blocks.3.1.bn2.bias"), ({**state, "blocks.7.0.conv_pw.weight": torch.ones(1)}, "unknown blocks.7.0.conv_pw"),
+             ({**state, "classifier.weight": torch.ones(7, 1280)}, r"classifier.weight has shape \(7, 1280\), expected \(5, 1280\)"),
+             ({**state, "blocks.0.0.se.conv_reduce.weight": torch.ones(8, 32)}, r"conv_reduce.weight has shape \(8, 32\)"),
+             ({}, "missing .* more")]
+    for wrong, message in cases:
+        with pytest.raises(ValueError, match=message) as error:
+            load_timm(model, wrong)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="b1.*missing blocks"):
+        load_timm(EfficientNet("b1", 5), state)
+    with_counters = {**state, "bn1.num_batches_tracked": torch.tensor(7)}           # as timm's files have them
+    assert torch.equal(load_timm(model, with_counters).stem.conv.weight, state["conv_stem.weight"])
+
+
+# ---- Folding ----
+def test_fold_batchnorm_is_equal_frozen_and_for_evaluation_only():
+    torch.manual_seed(0)
+    model = EfficientNet("nano", 7, small_images=True)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.weight.data.uniform_(.5, 1.5), norm.bias.data.normal_(0, .2)
+        norm.running_mean.normal_(0, .2), norm.running_var.uniform_(.5, 1.5)
+    folded = fold_batchnorm(model)
+    assert model.training and not folded.training and not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert not any(p.requires_grad for p in folded.parameters()) and all(p.requires_grad for p in model.parameters())
+    model.eval()
+    for size in (32, 45):
+        x = torch.randn(3, 3, size, size)
+        with torch.no_grad():
+            want = model(x)
+            assert (folded(x) - want).abs().max() < 1e-4 * want.abs().max()
+            assert (folded(x.contiguous(memory_format=torch.channels_last)) - want).abs().max() < 1e-4 * want.abs().max()
+    x = x.requires_grad_()                                                          # attacks differentiate by the image
+    grads = [torch.autograd.grad(net(x).square().sum(), x)[0] for net in (model, folded)]
+    assert (grads[0] - grads[1]).abs().max() < 1e-3 * grads[0].abs().max()
+    folded.eval()
+    with pytest.raises(ValueError, match="cannot train"):
+        folded.train()
+
+
+# ---- Command line ----
+def test_top_five_of_an_image(state, tmp_path, capsys):
+    weights, path = tmp_path / "b0.pth", tmp_path / "image.npy"
+    torch.save(timm_b0(8), weights)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    model = load_timm(EfficientNet("b0", 8).eval(), timm_b0(8))
+    mean, std = np.array([.485, .456, .406]), np.array([.229, .224, .225])          # as timm's *.ns_jft_in1k declare
+    x = torch.tensor(((image / 255 - mean) / std).transpose(2, 0, 1)[None], dtype=torch.float32)
+    probabilities = model(x).softmax(1)[0].detach()
+    for array in (image, image.transpose(2, 0, 1)):
+        np.save(path, array)
+        assert efficientnet.main(["--weights", str(weights), "--image", str(path), "--size", "64"]) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [int(row[1]) for row in rows] == probabilities.argsort(descending=True)[:5].tolist()
+        assert [float(row[3]) for row in rows] == pytest.approx(sorted(probabilities.tolist())[:-6:-1], abs=1e-4)
+    wide = np.zeros((96, 160, 3), np.uint8)             # 64 of the central 96: the official margin of 16 on either side
+    wide[16:80, 48:112] = image
+    np.save(path, wide)
+    assert efficientnet.main(["--weights", str(weights), "--image", str(path), "--size", "64"]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == rows
+
+
+def test_command_line_errors_are_one_line_and_status_2(state, tmp_path, capsys):
+    weights, image, text = tmp_path / "b0.pth", tmp_path / "image.npy", tmp_path / "text"
+    torch.save(state, weights), text.write_text("no weights"), np.save(image, np.zeros((4, 4), np.uint8))
+    for argv, message in ((["--weights", str(weights)], "go together"), (["--weights", "nowhere.pth", "--image", str(image)], "nowhere.pth"),
+                          (["--weights", str(text), "--image", str(image)], "state dict"),
+                          (["--weights", str(weights), "--image", str(image)], r"expected uint8"),
+                          (["--weights", str(weights), "--image", str(image), "--model", "b1"], "missing blocks")):
+        assert efficientnet.main(argv) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and "Traceback" not in error
 
 
 # ==== RandAugment =====================================================================================================

@@ -23,13 +23,12 @@ import functools
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import math
 import os
 import pickle
-import shutil
 import signal
-import struct
 import sys
 import tarfile
 import threading
@@ -52,6 +51,10 @@ from randaugment import RandAugment, cutout, random_crop, random_flip
 
 class UserError(Exception):
     """What the user can mend, in one line: what was found, what was expected, what to do. Exit status 2."""
+
+def expect(holds, message):
+    if not holds:
+        raise UserError(message)
 
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
@@ -79,7 +82,7 @@ class Config:
     unlabeled: int | None = option(8000, "at most so many unlabelled images (all: every one)")
     unlabeled_fraction: float = option(1.0, "share of the unlabelled images to use [v1: amount of data]")
     unlabeled_dataset: str | None = option(None, "another data set as the pool of unlabelled images (out of domain)")
-    extra: bool = option(False, "SVHN: the 531,131 extra images join the unlabelled pool [code]")
+    extra: bool = option(False, "SVHN: its 531,131 extra images are the unlabelled pool [code]")
     # Training
     batch: int = option(32, "labelled images per step, B [v4: 2048; SVHN: 128]")
     ratio: int = option(2, "unlabelled images per labelled one, r [v4: 14, 28 for L2; v1: 3 or 1; SVHN: 5]")
@@ -750,462 +753,304 @@ DOWNLOADS = {  # file: URL, MD5, bytes
     "extra_32x32.mat": (SVHN + "extra_32x32.mat", "a93ce644f1a588dc4d68dda5feec44a7", 1_329_278_602),
     "cifar-10-python.tar.gz": (CIFAR + "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", 170_498_071)}
 BATCHES = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["test_batch"]}  # CIFAR-10
-SVHN_MEAN, SVHN_STD = (0.4376821, 0.4437697, 0.47280442), (0.19803012, 0.20101562, 0.19703614)  # official code
+SVHN_STATS = (0.4376821, 0.4437697, 0.47280442), (0.19803012, 0.20101562, 0.19703614)  # mean, std: official code
+MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}  # as stored
+MAT_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}  # meant
 
 @dataclass
 class Data:
-    labeled_images: torch.Tensor  # uint8 (N,3,H,W)
-    labels: torch.Tensor  # int64 (N,), 0 to K-1
+    labeled_images: torch.Tensor    # uint8 (N,3,H,W)
+    labels: torch.Tensor            # int64 (N,), 0 to K-1
     unlabeled_images: torch.Tensor  # uint8 (M,3,H,W): labels that it had were dropped on loading
-    dev_images: torch.Tensor  # uint8 (D,3,H,W): for choosing between models
-    dev_labels: torch.Tensor  # int64 (D,)
-    test_images: torch.Tensor  # uint8 (T,3,H,W): read once, at the end
-    test_labels: torch.Tensor  # int64 (T,)
-    num_classes: int  # K
-    mean: torch.Tensor  # float32 (3,), pixels in 0-1
-    std: torch.Tensor  # float32 (3,)
-    flip: bool  # does a mirrored image keep its class? CIFAR yes, digits no, a folder: unknown, so no
+    dev_images: torch.Tensor        # uint8 (D,3,H,W): for choosing between models
+    dev_labels: torch.Tensor        # int64 (D,)
+    test_images: torch.Tensor       # uint8 (T,3,H,W): read once, at the end
+    test_labels: torch.Tensor       # int64 (T,)
+    num_classes: int                # K
+    mean: torch.Tensor              # float32 (3,), pixels in 0-1
+    std: torch.Tensor               # float32 (3,)
+    flip: bool                      # does a mirrored image keep its class? CIFAR yes, digits no, a folder: unknown, no
 
     def to(self, device, gibibytes):
         """A copy on the device; a set of images larger than `gibibytes` stays where it is."""
-        def move(value):
-            return value.to(device) if isinstance(value, torch.Tensor) and value.nbytes <= gibibytes * 2**30 else value
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items()
+                                if isinstance(value, torch.Tensor) and value.nbytes <= gibibytes * 2**30})
 
 def load_data(config):
     """The data set that `config` names, as Data. Raises UserError for whatever is missing, malformed or impossible.
-
-    Training images are shuffled with seed 0 and the first `config.dev` become the dev set (with 4,000: the official
-    SVHN split). Of the others `config.labels` (None: all), balanced over the classes and drawn with `config.seed`, keep
-    their labels. Unlabelled are the rest and, with `config.extra`, SVHN's extra images; for a folder that has it,
-    unlabeled_images.npy instead of the rest; with `config.unlabeled_dataset`, the training (and extra) images of that
-    data set instead. At most `config.unlabeled` and `config.test` images are kept; digits generates as many (None:
-    8,000 and 2,000). Images of a folder stay on disk where a whole file is taken; a choice from it is copied. mean and
-    std: published for SVHN, else from about 10,000 labelled and unlabelled images.
-    """
-    name, other = config.dataset, config.unlabeled_dataset
-    for option, n in ("--unlabeled", config.unlabeled), ("--test", config.test):
-        if n is not None and n < 1:
-            raise UserError(f"{option} {n}: expected at least 1 image")
-    if config.dev < 0 or config.labels is not None and config.labels < 1:
-        raise UserError(f"--dev {config.dev}, --labels {config.labels}: expected at least 0 and 1 images")
+    Training images are shuffled with seed 0; the first `config.dev` become the dev set (4,000: SVHN's official split).
+    Of the others `config.labels` (None: all), balanced and drawn with `config.seed`, keep their labels. Unlabelled are
+    the rest, or with `config.extra` SVHN's extra images, or a folder's unlabeled_images.npy, or the training images of
+    `config.unlabeled_dataset`. `config.unlabeled` and `config.test`: how many to keep, or to generate as digits."""
+    name, source = config.dataset, config.unlabeled_dataset or config.dataset
+    for option, least in ("unlabeled", 1), ("test", 1), ("labels", 1), ("dev", 0):
+        expect((n := getattr(config, option)) is None or n >= least, f"--{option} {n}: expected at least {least}")
+    expect(source == "svhn" or not config.extra, f"--extra: only SVHN has extra images; drop it for {source}")
     images, labels = read_part(name, "train", config)
-    K = 10 if name in DATASETS else int(labels.max()) + 1
-    order = np.random.RandomState(0).permutation(len(labels))
-    if config.dev >= len(order):
-        raise UserError(f"--dev {config.dev}: {name} has {len(order)} training images; expected 0 to {len(order) - 1}")
-    dev, order = np.sort(order[:config.dev]), order[config.dev:]
-    wanted = len(order) if config.labels is None else config.labels
-    if not K <= wanted <= len(order):
-        raise UserError(f"--labels {wanted}: expected {K} (one per class) to {len(order)} (the training images of "
-                        f"{name} less {config.dev} for dev)")
-    order = np.random.default_rng([config.seed, 0]).permutation(order)
-    rank = np.empty(len(order), np.int64)  # 0 for the first image of each class, 1 for the second, …
-    for k in range(K):
-        rank[labels[order] == k] = np.arange((labels[order] == k).sum())
-    order = order[np.argsort(rank, kind="stable")]  # the classes take turns, so any first part is balanced
-    chosen, rest = np.sort(order[:wanted]), np.sort(order[wanted:])
+    K, N = 10 if name in DATASETS else int(labels.max()) + 1, len(labels)
+    dev = min(1000, N // 10) if config.dev is None else config.dev
+    expect(dev < N, f"--dev {dev}: expected fewer than the {N} training images of {name}")
+    dev, order = np.split(np.random.RandomState(0).permutation(N), [dev])
+    wanted = config.labels or len(order)
+    expect(K <= wanted <= len(order), f"--labels {wanted}: expected {K} (one per class) to {len(order)} (all but dev)")
+    order, turns = np.random.default_rng([config.seed, 0]).permutation(order), [itertools.count() for _ in range(K)]
+    order = order[np.argsort([next(turns[k]) for k in labels[order]], kind="stable")]  # so any first part is balanced
+    dev, chosen, rest = map(np.sort, (dev, order[:wanted], order[wanted:]))
     counts = np.bincount(labels[chosen], minlength=K)
-    if counts.min() == 0:
-        raise UserError(f"{name}: class {counts.argmin()} has no labelled image; expected every class from 0 to "
-                        f"{K - 1} in the training labels: renumber them, add images or lower --dev")
+    expect(counts.all(), f"{name}: class {counts.argmin()} has no labelled image; add some, or renumber the labels")
     labeled_images, dev_images = take(images, chosen), take(images, dev)
-    source = other or name
-    if config.extra and source != "svhn":
-        raise UserError(f"--extra: only SVHN has extra images; the unlabelled images here are those of {source}")
-    more = Path(source) / "unlabeled_images.npy"
-    if source not in DATASETS and more.exists():
-        unlabeled_images = read_images(more)
-    else:
-        if source != name:
-            images = read_part(source, "pool", config)[0]
-            rest = np.arange(len(images))
-        unlabeled_images = take(images, rest)
-        if config.extra:
-            unlabeled_images = read_svhn("extra_32x32.mat", config, joined=unlabeled_images)[0]
-    del images  # before the test images come
-    if len(unlabeled_images) == 0:
-        raise UserError(f"{name}: no unlabelled images are left; use --labels N with fewer than {len(order)}, --extra "
-                        "(SVHN) or --unlabeled-dataset NAME")
-    unlabeled_images = at_most(config.unlabeled, unlabeled_images)[0]
-    if config.unlabeled_fraction < 1:
-        unlabeled_images = at_most(max(1, round(config.unlabeled_fraction * len(unlabeled_images))), unlabeled_images)[0]
-    test_images, test_labels = at_most(config.test, *read_part(name, "test", config))
-    if test_labels.max() >= K:
-        raise UserError(f"{name}: test label {test_labels.max()}; expected 0 to {K - 1}, the training set's classes")
+    own = source == name and (name in DATASETS or not (Path(name) / "unlabeled_images.npy").exists())
+    unlabeled_images = read_svhn("extra_32x32.mat", config)[0] if config.extra else \
+        take(images, rest) if own else read_part(source, "pool", config)[0]
+    n = min(len(unlabeled_images), config.unlabeled or math.inf)
+    expect(n > 0, f"{name}: no unlabelled images are left; lower --labels or add --extra (SVHN) or --unlabeled-dataset")
+    unlabeled_images = at_most(max(1, round(n * config.unlabeled_fraction)), unlabeled_images)
+    test_images, test_labels = (at_most(config.test, part) for part in read_part(name, "test", config))
+    expect(test_labels.max() < K, f"{name}: test label {test_labels.max()}; expected the training set's, 0 to {K - 1}")
     for part, found in ("unlabelled", unlabeled_images), ("test", test_images):
-        if found.shape[1:] != labeled_images.shape[1:]:
-            raise UserError(f"{part} images of {found.shape[2]} x {found.shape[3]} pixels; expected those of {name}'s "
-                            f"training images, {labeled_images.shape[2]} x {labeled_images.shape[3]}")
-    mean, std = (torch.tensor(SVHN_MEAN), torch.tensor(SVHN_STD)) if name == "svhn" else \
-        mean_std(labeled_images, unlabeled_images)
-    return Data(labeled_images, torch.from_numpy(labels[chosen]), unlabeled_images, dev_images,
-                torch.from_numpy(labels[dev]), test_images, torch.from_numpy(test_labels), K, mean, std,
-                flip=name == "cifar10")
+        (h, w), (height, width) = found.shape[2:], labeled_images.shape[2:]
+        expect((h, w) == (height, width), f"{part} images of {h} x {w} pixels; expected {height} x {width} as to train")
+    mean, std = map(torch.tensor, SVHN_STATS) if name == "svhn" else mean_std(labeled_images, unlabeled_images)
+    labels, dev_labels, test_labels = map(torch.from_numpy, (labels[chosen], labels[dev], test_labels))
+    return Data(labeled_images, labels, unlabeled_images, dev_images, dev_labels, test_images, test_labels, K,
+                mean, std, flip=name == "cifar10")
 
-def take(images, index):
-    """images[index] for an index without repeats; no copy if that is everything (the images may be larger than RAM)."""
-    return images if len(index) == len(images) else images[torch.from_numpy(index)]
+def take(rows, index):
+    """rows[index] for an index without repeats; no copy if that is everything (images may be larger than memory)."""
+    return rows if len(index) == len(rows) else rows[index]
 
-def at_most(n, images, labels=None):
-    """A random n of the images, always the same ones, and their labels, if any; all where n is None or large."""
-    if n is None or n >= len(images):
-        return images, labels
-    index = np.sort(np.random.RandomState(0).permutation(len(images))[:n])
-    return take(images, index), None if labels is None else labels[index]
+def at_most(n, rows):
+    """A random n of the images or labels, always the same ones; all where n is None or large."""
+    return take(rows, np.sort(np.random.RandomState(0).permutation(len(rows))[:n]))
 
 def mean_std(*pools, limit=10_000):
-    """Mean and standard deviation of each channel in units of 0-1, from about `limit` images at most: evenly spaced
-    runs of 64, which a disk reads far faster than single images."""
-    step, moments, count = 64 * math.ceil(sum(map(len, pools)) / limit), torch.zeros(2, 3, dtype=torch.int64), 0
-    for pool in pools:
-        for i in range(0, len(pool), step):
-            x = pool[i:i + 64].int()  # whole numbers: the sums are exact, in whatever order they are taken
-            moments += torch.stack([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))])
-            count += x[:, 0].numel()
-    mean, square = moments.double() / count
-    std = (square - mean ** 2).clamp(min=1).sqrt()  # at least one grey level: plain images must not divide by 0
-    return (mean / 255).float(), (std / 255).float()
+    """Mean and std of each channel, pixels in 0-1, over about `limit` images: runs of 64, fast to read from a disk."""
+    step = 64 * math.ceil(sum(map(len, pools)) / limit)
+    runs = (pool[i:i + 64].int() for pool in pools for i in range(0, len(pool), step))
+    count, x, xx = sum(torch.stack([run ** k for k in (0, 1, 2)]).sum((1, 3, 4)) for run in runs).double()  # exact sums
+    std = (xx / count - (x / count) ** 2).clamp(min=1).sqrt()  # so that plain images do not make us divide by 0
+    return (x / count / 255).float(), (std / 255).float()
 
 def read_part(name, part, config):
-    """Images uint8 (N,3,H,W) and labels, a numpy int64 (N,): the part 'train' or 'test', or 'pool', the training images
-    as another data set's unlabelled ones."""
+    """Images uint8 (N,3,H,W) and labels (numpy, int64 (N,)) of "train", "test" or "pool": another set's unlabelled."""
     if name == "digits":
-        more, test = (default if n is None else n for n, default in ((config.unlabeled, 8000), (config.test, 2000)))
-        n = {"train": more + config.dev + (config.labels or 0), "test": test, "pool": more}[part]
+        more, test = config.unlabeled or 8000, config.test or 2000
+        n = {"train": more + (1000 if config.dev is None else config.dev) + (config.labels or 0), "test": test, "pool": more}[part]
         images, labels = make_digits(n, 3 * config.seed + ["train", "test", "pool"].index(part))
         return images, labels.numpy()
-    pool, part = part == "pool", "test" if part == "test" else "train"
-    if name == "svhn":
-        return read_svhn(f"{part}_32x32.mat", config)
-    if name == "cifar10":
-        return read_cifar10(BATCHES[part], config)
-    folder = Path(name)
-    if not folder.is_dir():
-        raise UserError(f"no data set {name!r}: expected {', '.join(DATASETS)} or a folder with train_images.npy, "
-                        "train_labels.npy, test_images.npy, test_labels.npy and perhaps unlabeled_images.npy")
-    images = read_images(folder / f"{part}_images.npy")
-    if pool:
-        return images, None
-    labels = load_npy(folder / f"{part}_labels.npy")
-    if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or labels.min() < 0 or labels.max() >= 2 ** 63:
-        raise UserError(f"{folder / part}_labels.npy: {labels.dtype} {labels.shape}; expected {len(images)} integers, "
-                        "one per image, from 0 to K-1")
-    return images, np.array(labels, np.int64)
+    file, folder = "test" if part == "test" else "train", Path(name)
+    if name in DATASETS:
+        return read_svhn(f"{file}_32x32.mat", config) if name == "svhn" else read_cifar10(BATCHES[file], config)
+    expect(folder.is_dir(), f"no data set {name!r}: expected {', '.join(DATASETS)} or a folder of .npy files (README)")
+    if part == "pool" and (folder / "unlabeled_images.npy").exists():
+        file = "unlabeled"
+    array = read_npy(folder / f"{file}_images.npy")
+    x = array.transpose(0, 3, 1, 2) if array.ndim == 4 and array.shape[1] != 3 else array
+    expect(x.dtype == np.uint8 and x.ndim == 4 and x.shape[1] == 3 and len(x) and min(x.shape[2:]) >= 8,
+           f"{folder / file}_images.npy: {x.dtype} {array.shape}; expected uint8 (N,3,H,W) or (N,H,W,3), 8 x 8 or more")
+    if part == "pool":
+        return torch.from_numpy(x), None
+    labels = read_npy(folder / f"{file}_labels.npy")
+    expect(labels.dtype.kind in "iu" and labels.shape == (len(x),) and labels.min() >= 0 and labels.max() < 2**63,
+           f"{folder / file}_labels.npy: {labels.dtype} {labels.shape}; expected {len(x)} integers from 0 to K-1")
+    return torch.from_numpy(x), np.array(labels, np.int64)
 
-def read_images(path):
-    """A .npy file of images as a tensor (N,3,H,W) that maps the file: only the images of a batch are ever read."""
-    array = load_npy(path)
-    if array.dtype != np.uint8 or array.ndim != 4 or 3 not in array.shape[1::2] or not len(array):
-        raise UserError(f"{path}: {array.dtype} {array.shape}; expected uint8 (N,3,H,W) or (N,H,W,3), N > 0")
-    images = torch.from_numpy(array if array.shape[1] == 3 else array.transpose(0, 3, 1, 2))
-    if min(images.shape[2:]) < 8:
-        raise UserError(f"{path}: images of {images.shape[2]} x {images.shape[3]} pixels; expected at least 8 x 8")
-    return images
-
-def load_npy(path):
-    try:  # mode 'c': a page is read when touched, and writing (nothing here does) would not reach the file
-        array = np.load(path, mmap_mode="c", allow_pickle=False)
+def read_npy(path):
+    try:  # mapped: a page is read when touched; mode 'c': writing, which nothing here does, would not reach the file
+        return np.lib.format.open_memmap(path, mode="c")
     except Exception as error:  # numpy reports a bad file in many ways
-        raise UserError(f"{path}: no readable .npy file ({error!r}); write it with numpy.save") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path}: an archive; expected one array, written with numpy.save")
-    return array
+        raise UserError(f"{path}: no readable .npy file ({error!r}); write one array with numpy.save") from None
 
-def read_svhn(file, config, joined=np.empty((0, 3, 32, 32))):
-    """Images (N,3,32,32) and labels (N,), 0 to 9, of one of SVHN's files; the images `joined` follow the file's own."""
+def read_svhn(file, config):
+    """Images (N,3,32,32) and labels (N,), 0 to 9, of one of SVHN's files."""
     path = fetch(file, config)
-    variables = read_mat(path, spare=3072 * len(joined))  # or joining would need both sets twice, and extra is 1.6 GB
-    X, y = variables.get("X", np.empty(0)), variables.get("y", np.empty(0))
-    if X.dtype != np.uint8 or X.ndim not in (3, 4) or X.shape[:3] != (32, 32, 3) or y.size != X.size // 3072 \
-            or not y.size or not (y.min() >= 0 and y.max() <= 10) or X.base is None:
-        found = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in variables.items()) or "no arrays"
-        raise UserError(f"{path}: found {found}; expected X uint8 (32,32,3,N) and N labels y from 1 to 10")
-    # (N,3,column,row): MATLAB's first index runs fastest. X.base is the memory of X, spare bytes included.
-    images = X.base.reshape(-1, 3, 32, 32)
-    for i in range(0, y.size, 1000):
-        part = images[i:min(i + 1000, y.size)]
-        part[:] = part.swapaxes(2, 3).copy()  # (N,3,row,column)
-    images[y.size:] = joined
-    return torch.from_numpy(images), y.reshape(-1).astype(np.int64) % 10  # the digit 0 has label 10
+    X, y = map({"X": np.empty(0), "y": np.empty(0), **read_mat(path)}.get, "Xy")
+    y = y.reshape(-1)
+    expect(X.dtype == np.uint8 and X.shape[:3] == (32, 32, 3) and 0 < len(y) == X.size // 3072 and {*y} <= {*range(11)},
+           f"{path}: found X {X.dtype} {X.shape}, y {y.dtype} {y.shape}; expected X uint8 (32,32,3,N), y from 1 to 10")
+    images = X.reshape(32, 32, 3, -1).T  # (N,3,column,row), as the bytes lie: MATLAB's first index runs fastest
+    for k in range(0, len(y), 1000):  # to (N,3,row,column) in place: SVHN's extra set is 1.6 GB
+        images[k:k + 1000] = images[k:k + 1000].swapaxes(2, 3).copy()
+    return torch.from_numpy(images), y.astype(np.int64) % 10  # the digit 0 has label 10
 
-MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}  # stored
-MAT_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
-
-def read_mat(path, spare=0):
-    """The numeric arrays of a MATLAB 5 file (save -v6, -v7): {name: ndarray}, column-major as MATLAB has them.
-
-    Text, cells, structs, sparse and complex variables are left out. Arrays are inflated straight into place, so memory
-    peaks at their size; `spare` more bytes are reserved behind each. Raises UserError for a truncated, damaged or other
-    file.
-    """
+def read_mat(path):
+    """{name: ndarray} of a MATLAB 5 file (save -v6, -v7); text, cells ... are left out. UserError if damaged."""
+    def elements(raw):  # (type, data) of each; up to 4 bytes of data lie in the tag itself
+        at = 0
+        while at < len(raw):
+            kind, n = raw[at:at + 8].view("<u4").tolist()
+            kind, n, start = (kind % 65536, kind >> 16, at + 4) if kind >> 16 else (kind, n, at + 8)
+            end = start + n
+            expect(end <= len(raw), f"an element of {n} bytes where {len(raw) - start} are left")
+            yield kind, raw[start:end]
+            at = end if kind == 15 else end + (at - end) % 8  # all but compressed elements are padded
+    def inflate(data, size):  # piece by piece into one array: zlib.decompress would hold the largest ones twice
+        array, at, decoder = np.empty(size, np.uint8), 0, zlib.decompressobj()
+        for k in range(0, len(data), 1 << 16):
+            piece = np.frombuffer(decoder.decompress(data[k:k + (1 << 16)]), np.uint8)
+            array[at:at + len(piece)] = piece  # a ValueError if they are too many
+            at += len(piece)
+        expect(decoder.eof and at == size, "it is incomplete")
+        return array
     try:
-        with open(path, "rb") as file:
-            return dict(mat_variables(file, os.fstat(file.fileno()).st_size, spare))
-    except (OSError, ValueError, MemoryError, zlib.error) as error:
+        arrays, file = {}, np.memmap(path, mode="c")
+        expect(file[124:128].tobytes() == b"\0\1IM", "its header is another; version 7.3 is not supported")
+        for kind, data in elements(file[128:]):
+            if kind == 15:  # a compressed element; its first 8 bytes say how large it is
+                size = 8 + int.from_bytes(zlib.decompressobj().decompress(data[:1024], 8)[4:], "little")
+                expect(size <= 1040 * len(data), f"{len(data)} compressed bytes cannot make {size}")
+                (kind, data), = elements(inflate(data, size))
+            expect(kind == 14, f"an element of type {kind}, not a matrix")
+            (_, flags), *parts = elements(data)
+            meant = MAT_CLASSES.get(flags[0])  # MATLAB stores whole doubles as smaller types
+            if meant and not flags[1] & 8:  # not text, cells, ..., nor complex
+                (_, shape), (_, name), (kind, values) = parts
+                shape, name, stored = shape.view("<i4").tolist(), name.tobytes().decode("latin1"), MAT_TYPES.get(kind)
+                expect(stored and min(shape) >= 0 and math.prod(shape) * int(stored[1]) == len(values),
+                       f"variable {name!r} of shape {shape} has {len(values)} bytes of type {kind}")
+                arrays[name] = values.view("<" + stored).reshape(shape, order="F").astype(meant, copy=False)
+        return arrays
+    except (UserError, OSError, ValueError, IndexError, MemoryError, zlib.error) as error:
         raise UserError(f"{path}: not a whole MATLAB 5 file ({error}); delete it and fetch it again") from None
 
-def mat_variables(file, end, spare):
-    """Yields (name, array). An element is a tag (type, bytes) and data: outermost a matrix (type 14), or one compressed
-    (15); inside a matrix flags, dimensions, name and values, each padded to 8 bytes, or in the tag if 4 are enough."""
-    header = file.read(128)
-    if len(header) < 128 or header[124:] not in (b"\0\1IM", b"\1\0MI"):
-        raise ValueError("its header is another; of MATLAB's formats, version 7.3 is not supported")
-    order = "<" if header[126:] == b"IM" else ">"
-
-    def read(stream, n):
-        data = stream.read(n)
-        if len(data) < n:
-            raise ValueError("it ends too early")
-        return data
-
-    def read_tag(stream):  # type, bytes, the data if in the tag
-        tag = read(stream, 8)
-        kind, size = struct.unpack(order + "II", tag)
-        return (kind, size, None) if kind < 65536 else (kind % 65536, min(kind >> 16, 4), tag[4:])
-
-    def read_short(stream):
-        kind, size, data = read_tag(stream)
-        if kind not in MAT_TYPES or size > 1024:
-            raise ValueError(f"{size} bytes of type {kind} where a variable is described")
-        return np.frombuffer((data or read(stream, size + -size % 8))[:size], order + MAT_TYPES[kind])
-
-    while file.tell() < end:
-        outer, size, _ = read_tag(file)
-        start = file.tell()
-        if outer not in (14, 15) or start + size > end:
-            raise ValueError(f"an element of type {outer} at byte {start - 8} of {end} needs {size} bytes")
-        inflated = Inflated(file, size) if outer == 15 else None
-        stream = io.BufferedReader(inflated, 65536) if inflated else file
-        if inflated and read_tag(stream)[0] != 14:
-            raise ValueError("a compressed element is no matrix")
-        flags, shape, name = read_short(stream), read_short(stream), read_short(stream).tobytes().decode("latin1")
-        if flags.size == 0 or flags.dtype.kind != "u" or shape.dtype.kind not in "iu" or not 2 <= shape.size <= 32:
-            raise ValueError(f"variable {name!r} is not described as a matrix")
-        meant = MAT_CLASSES.get(int(flags[0]) & 255)
-        if meant and not flags[0] & 0x800:  # 0x800: complex
-            kind, n, data = read_tag(stream)
-            shape, stored = [int(length) for length in shape], np.dtype(order + MAT_TYPES.get(kind, "V1"))
-            # Compare before allocating; deflate gains less than a factor of 1,040.
-            if min(shape) < 0 or math.prod(shape) * stored.itemsize != n or n > size * 1040 or stored.kind == "V":
-                raise ValueError(f"variable {name!r} of shape {shape} has {n} bytes of type {kind}")
-            memory = np.empty(n + spare, np.uint8)
-            if data:
-                memory[:n] = np.frombuffer(data[:n], np.uint8)
-            elif stream.readinto(memory[:n]) < n:
-                raise ValueError(f"it ends within variable {name!r}")
-            if inflated and (len(stream.read(9)) > 8 or not inflated.decoder.eof):  # eof: zlib's check sum was right
-                raise ValueError(f"variable {name!r} does not end where it should")
-            array = memory[:n].view(stored).reshape(shape, order="F")
-            yield name, array.astype(meant, copy=False)  # MATLAB stores whole doubles in smaller types
-        file.seek(start + size)
-
-class Inflated(io.RawIOBase):
-    """The next `size` bytes of `file`, decompressed piece by piece into the reader's own buffer."""
-    def __init__(self, file, size):
-        self.file, self.left, self.decoder = file, size, zlib.decompressobj()
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        data = b""
-        while not data and not self.decoder.eof:
-            packed = self.decoder.unconsumed_tail or self.file.read(min(self.left, 65536))
-            if not self.decoder.unconsumed_tail:
-                self.left -= len(packed)
-            if not packed:
-                break
-            data = self.decoder.decompress(packed, len(buffer))
-        buffer[:len(data)] = data
-        return len(data)
-
 def read_cifar10(files, config):
-    """Images (N,3,32,32) and labels (N,) of some of CIFAR-10's Python batches."""
+    """Images (N,3,32,32) and labels (N,) of some of CIFAR-10's Python batches; those missing are unpacked first."""
     folder = Path(config.data_dir) / "cifar-10-batches-py"
-    if not all((folder / file).exists() for file in sum(BATCHES.values(), [])):
-        unpack_cifar10(fetch("cifar-10-python.tar.gz", config), folder)
+    missing = {file for file in sum(BATCHES.values(), []) if not (folder / file).exists()}
+    if missing:
+        archive = fetch("cifar-10-python.tar.gz", config)
+        try:
+            folder.mkdir(exist_ok=True)
+            with tarfile.open(archive, "r|gz") as tar:  # '|': read once from front to back
+                for member in tar:
+                    file = member.name.removeprefix("cifar-10-batches-py/")
+                    if file in missing and member.isreg():  # no name or link in the archive decides where a file goes
+                        (folder / f"{file}.part").write_bytes(tar.extractfile(member).read())
+                        (folder / f"{file}.part").replace(folder / file)
+                        missing.remove(file)
+            expect(not missing, f"it holds no {', '.join(sorted(missing))}")
+        except (UserError, OSError, EOFError, tarfile.TarError, zlib.error) as error:
+            raise UserError(f"{archive}: cannot be unpacked to {folder} ({error}); delete it to start again") from None
     images, labels = (np.concatenate(parts) for parts in zip(*(read_batch(folder / file) for file in files)))
-    return torch.from_numpy(images).view(-1, 3, 32, 32), labels.astype(np.int64)
+    return torch.from_numpy(images).view(-1, 3, 32, 32), labels
 
 def read_batch(path):
+    """Images uint8 (N,3072) and labels int64 (N,) of one batch. Raises UserError for any other file."""
     try:
         batch = Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        images, labels = unpickled(batch["data"]), unpickled(batch["labels"])
+        array, labels = (batch.get(key.encode(), batch.get(key)) for key in ("data", "labels"))
+        _, shape, dtype, fortran, data = array.state
+        images = np.frombuffer(data, dtype.args[0]).reshape(shape, order="F" if fortran else "C")
+        labels = np.fromiter(labels, np.int64)  # unlike numpy.array, it does not follow lists of lists of ...
     except Exception as error:  # a damaged pickle can fail in any way
         raise UserError(f"{path}: no readable CIFAR-10 batch ({error!r}); delete it to unpack it again") from None
-    if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072 or not len(images) \
-            or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not set(labels) <= set(range(10)):
-        raise UserError(f"{path}: data {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}; expected "
-                        "uint8 (N,3072) and N labels from 0 to 9")
+    expect(images.dtype == np.uint8 and images.shape == (labels.size, 3072) != (0, 3072) and {*labels} <= {*range(10)},
+           f"{path}: {images.dtype} {images.shape}, {len(labels)} labels; expected uint8 (N,3072) and N from 0 to 9")
     return images, labels
 
 class Pickled:
     """Stands in for numpy's arrays and dtypes while unpickling: it keeps what the file says and runs none of it."""
     def __init__(self, *args):
         self.args = args
-
     def __setstate__(self, state):
         self.state = state
 
 class Unpickler(pickle._Unpickler):
-    """Admits arrays and plain containers only. It is the version in Python because the C one lets a damaged file make
-    it allocate gigabytes, by an object's number; here that leaves BYTEARRAY8, which CIFAR has no use for."""
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+    """Admits arrays and plain containers only. In Python: a damaged file can make the one in C allocate gigabytes."""
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: None}  # this could too, and CIFAR-10 has none
 
     def find_class(self, module, name):
-        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") \
-                and name in ("_reconstruct", "ndarray", "dtype"):
-            return Pickled
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
-            return lambda text, encoding: text.encode("latin1")
-        raise pickle.UnpicklingError(f"it wants {name} of {module}")
-
-def unpickled(value):
-    """The array that a Pickled describes, or a list of numbers as an array."""
-    if not isinstance(value, Pickled):
-        return np.array(value)
-    _, shape, dtype, fortran, data = value.state
-    kind, order = (v.decode() if isinstance(v, bytes) else v for v in (dtype.args[0], dtype.state[1]))
-    return np.frombuffer(data, np.dtype(kind).newbyteorder(order)).reshape(shape, order="F" if fortran else "C")
-
-def unpack_cifar10(archive, folder):
-    """Writes the six batches, and nothing else, from the archive into `folder`."""
-    missing = set(sum(BATCHES.values(), []))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(archive, "r|gz") as tar:  # '|': read once from front to back
-            for member in tar:
-                file = member.name.removeprefix("cifar-10-batches-py/")
-                if file in missing and member.isreg():  # so no name or link in the archive decides where a file goes
-                    with open(folder / f"{file}.part", "wb") as out:
-                        shutil.copyfileobj(tar.extractfile(member), out)
-                        out.flush()
-                        os.fsync(out.fileno())
-                    os.replace(folder / f"{file}.part", folder / file)
-                    missing.remove(file)
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise UserError(f"{archive}: cannot be unpacked to {folder} ({error}); delete it to fetch it again") from None
-    if missing:
-        raise UserError(f"{archive}: holds no {', '.join(sorted(missing))}; delete it to fetch it again")
+        expect(module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"), f"it wants {module}.{name}")
+        return Pickled
 
 def fetch(file, config):
-    """The path of an official file in `config.data_dir`, downloaded if it is not there."""
-    path, (url, md5, size) = Path(config.data_dir) / file, DOWNLOADS[file]
-    if not path.exists():
-        download(url, path, md5, size)
-    return path
-
-def download(url, path, md5, size):
-    """Fetches `url` to `path`: continues an interrupted PATH.part, checks bytes and MD5, and only then renames it."""
-    part = Path(f"{path}.part")
+    """The path of an official file. A missing one is downloaded to FILE.part, or resumed there, checked and renamed."""
+    (url, md5, size), path, part = DOWNLOADS[file], Path(config.data_dir) / file, Path(config.data_dir) / f"{file}.part"
+    if path.exists():
+        return path
     print(f"fetching {url} ({size / 1e6:.0f} MB) to {path}", file=sys.stderr)
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         have, before = part.stat().st_size if part.exists() else 0, -1
         while before < have < size:  # go on as long as every connection brings something
-            before = have
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            before, request = have, urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
             with urllib.request.urlopen(request, timeout=30) as response, \
-                    open(part, "ab" if response.status == 206 else "wb") as file:  # 200: from the start, after all
-                while file.tell() <= size and (data := response.read(1 << 20)):
-                    file.write(data)
+                    open(part, "ab" if response.status == 206 else "wb") as out:  # 200: from the start, after all
+                while out.tell() <= size and (data := response.read(1 << 20)):
+                    out.write(data)
                     if sys.stderr.isatty():
-                        print(f"\r{file.tell() / size:4.0%}", end="\r", file=sys.stderr)
-                file.flush()
-                os.fsync(file.fileno())
-                have = file.tell()
-        if have < size:
-            raise OSError(f"the connection ended after {have:,} of {size:,} bytes")
-        digest = hashlib.md5(usedforsecurity=False)
-        with open(part, "rb") as file:
-            while data := file.read(1 << 20):
-                digest.update(data)
-        if digest.hexdigest() != md5:
+                        print(f"\r{out.tell() / size:4.0%}", end="\r", file=sys.stderr)
+                out.flush()
+                os.fsync(out.fileno())
+                have = out.tell()
+        expect(have >= size, f"the connection ended after {have:,} of {size:,} bytes")
+        found = hashlib.md5(np.memmap(part, mode="r"), usedforsecurity=False).hexdigest()
+        if found != md5:
             part.unlink()
-            raise OSError(f"its MD5 is {digest.hexdigest()}, expected {md5}")
-        os.replace(part, path)
-    except (OSError, http.client.HTTPException) as error:
+        expect(found == md5, f"its MD5 is {found}, expected {md5}")
+        return part.replace(path)
+    except (UserError, OSError, http.client.HTTPException) as error:
         raise UserError(f"{path} is missing and could not be fetched ({error}): run again where there is a network, or "
                         f"put a copy of {url} there") from None
 
-
-# Strokes of the digits 0-9 on a grid of 5 columns and 9 rows: "20" is column 2, row 0. A comma starts a new stroke.
-# The points steer a quadratic B-spline, so corners come out round; a doubled point stays sharp.
-TYPEFACES = (
-    "20 40 48 08 00 20|11 20 20 28|02 00 40 44 08 08 48|01 00 40 44 24 24 44 48 08 07|36 06 06 30 30 38|"
-    "40 00 00 03 03 43 48 08 07|41 40 00 08 48 43 03 05|00 40 40 18|24 04 00 40 44 24,24 04 08 48 44 24|"
-    "07 08 48 40 00 05 45 43",
-    "20 40 48 08 00 20|02 20 20 28,08 48|03 00 40 43 16 08 08 48|00 40 40 23 23 43 48 08 07|10 05 05 45,33 38|"
-    "40 10 10 03 03 43 48 08 07|30 04 08 48 44 14 05|01 00 00 40 40 24 28,14 44|20 00 03 45 48 08 05 43 40 20|"
-    "43 44 04 00 40 43 38 18")
+# Strokes of the digits 0-9 in two typefaces on a grid of 5 columns, 9 rows: "2048" is from column 2, row 0 to column 4,
+# row 8. A comma starts a new one. The points steer a quadratic B-spline: corners come out round, but sharp if doubled.
+TYPEFACES = ("204048080020|11202028|02004044080848|01004044242444480807|360606303038|400000030343480807|"
+             "4140000848430305|00404018|240400404424,240408484424|0708484000054543",
+             "204048080020|02202028,0848|0300404316080848|004040232343480807|10050545,3338|401010030343480807|"
+             "30040848441405|01000040402428,1444|20000345480805434020|4344040040433818")
 
 @functools.lru_cache
 def digit_fields():
     """The distance to the nearest stroke at points 1/4 column apart, each typeface round and square: (4,10,53,41)."""
-    y, x = np.mgrid[-2.5:10.6:0.25, -3:7.1:0.25].astype(np.float32)
-    fields = []
-    for face, square in [(face, square) for face in TYPEFACES for square in (False, True)]:
-        for strokes in face.split("|"):
-            field = np.full(x.shape, 9, np.float32)
-            for stroke in strokes.split(","):
-                p = np.array([[int(c) for c in point] for point in stroke.split()], np.float32)
-                if square:  # midpoints pull the spline towards its corners
-                    p = np.insert(p, np.arange(1, len(p)), (p[1:] + p[:-1]) / 2, axis=0)
-                for _ in range(3):  # Chaikin: cutting corners again and again leads to the spline
-                    cut = np.stack([0.75 * p[:-1] + 0.25 * p[1:], 0.25 * p[:-1] + 0.75 * p[1:]], 1).reshape(-1, 2)
-                    p = np.concatenate([p[:1], cut, p[-1:]])
-                for (ax, ay), (dx, dy) in zip(p[:-1], p[1:] - p[:-1]):
-                    t = np.clip(((x - ax) * dx + (y - ay) * dy) / max(dx * dx + dy * dy, 1e-9), 0, 1)
-                    field = np.minimum(field, np.hypot(x - ax - t * dx, y - ay - t * dy))
-            fields.append(field)
-    return torch.from_numpy(np.stack(fields)).view(-1, 10, *x.shape)
+    grid, fields = np.mgrid[-2.5:10.6:0.25, -3:7.1:0.25][::-1].astype(np.float32), []  # x and y
+    for digit, square in ((d, square) for face in TYPEFACES for square in (False, True) for d in face.split("|")):
+        fields.append(np.full(grid[0].shape, 9, np.float32))
+        for stroke in digit.split(","):
+            p = np.array([int(c) for c in stroke], np.float32).reshape(-1, 2)  # a row for each point
+            if square:  # midpoints pull the spline towards its corners
+                p = np.insert(p, np.arange(1, len(p)), (p[1:] + p[:-1]) / 2, axis=0)
+            for _ in range(3):  # Chaikin: cutting corners again and again leads to the spline
+                cut = np.stack([0.75 * p[:-1] + 0.25 * p[1:], 0.25 * p[:-1] + 0.75 * p[1:]], 1).reshape(-1, 2)
+                p = np.concatenate([p[:1], cut, p[-1:]])
+            for start, way in zip(p[:-1, :, None, None], np.diff(p, axis=0)[:, :, None, None]):
+                t = ((grid - start) * way).sum(0) / np.maximum((way * way).sum(), 1e-9)
+                fields[-1] = np.minimum(fields[-1], np.hypot(*(grid - start - t.clip(0, 1) * way)))
+    return torch.from_numpy(np.stack(fields)).view(-1, 10, *grid[0].shape)
 
 def make_digits(n, seed):
-    """n pictures of a house number's digit and parts of its neighbours: uint8 (n,3,32,32) and labels int64 (n,).
-
-    The same seed gives the same pictures whatever n is (a shorter run is the beginning of a longer one).
-    """
-    fields, axis = digit_fields(), torch.linspace(-15.5, 15.5, 32)
-    images, labels, b = torch.empty((n, 3, 32, 32), dtype=torch.uint8), torch.empty(n, dtype=torch.int64), 250
-
+    """n digits of house numbers, uint8 (n,3,32,32), and labels, int64 (n,). A smaller n gives the first of the same."""
     def between(low, high):  # uniform, one number for each image
         return torch.from_numpy(rng.uniform(low, high, (b, 1, 1, 1)).astype(np.float32))
-
     def normal(scale, *shape):
         return torch.from_numpy(rng.standard_normal((b, *shape), np.float32)) * scale
-
     def smooth(scale, channels, points):  # a random surface through points x points heights
         return F.interpolate(normal(scale, channels, points, points), (32, 32), mode="bicubic", align_corners=True)
-
+    fields, axis, b = digit_fields(), torch.linspace(-15.5, 15.5, 32), 250
+    images, labels = torch.empty((n, 3, 32, 32), dtype=torch.uint8), torch.empty(n, dtype=torch.int64)
     for first in range(0, n, b):
         rng = np.random.default_rng([seed, first])
         digits = rng.integers(0, 10, (b, 3))  # left, middle, right
         field = fields[rng.integers(0, len(fields), (b, 1)), digits].view(3 * b, 1, *fields.shape[2:])
         # The point of the drawing that each pixel shows: shifted, bent, turned, slanted, scaled.
         bend, angle, size = smooth(0.85, 2, 5), between(-0.26, 0.26), between(2.3, 3.1)  # px, rad, px a column
-        x = axis.view(1, 1, 1, 32) + bend[:, :1] + between(-1.8, 1.8)
-        y = axis.view(1, 1, 32, 1) + bend[:, 1:] + between(-1.8, 1.8)
+        x, y = axis + bend[:, :1] + between(-1.8, 1.8), axis[:, None] + bend[:, 1:] + between(-1.8, 1.8)
         x, y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
         x, y = (x + y * between(-0.28, 0.28)) / (size * between(0.82, 1.3)), y / size
         # The distance to the strokes of three digits side by side makes ink, and in some an outline around it.
-        half, soft = between(0.32, 0.82), between(0.15, 0.6)  # half a stroke's width
-        pitch = 4 + 2 * half + between(0.5, 2.5)
-        x = torch.cat([x + pitch, x, x - pitch], 1)
-        where = torch.stack([x / 5, (y / 6.5).expand_as(x)], -1).view(3 * b, 32, 32, 2)
-        distance = F.grid_sample(field, where, padding_mode="border", align_corners=True).view(b, 3, 32, 32)
-        distance = distance.amin(1, keepdim=True)
+        half, soft, gap = between(0.32, 0.82), between(0.15, 0.6), between(0.5, 2.5)  # half a stroke's width
+        x = torch.cat([x + side * (4 + 2 * half + gap) for side in (1, 0, -1)], 1)
+        at = torch.stack([x / 5, (y / 6.5).expand_as(x)], -1).view(3 * b, 32, 32, 2)
+        distance = F.grid_sample(field, at, padding_mode="border", align_corners=True).view(b, 3, 32, 32).amin(1, True)
         ink = ((half - distance) / soft + 0.5).clamp(0, 1)
         outline = ((half + 0.7 - distance) / soft + 0.5).clamp(0, 1) * (between(0, 1) < 0.25)
         # Colours: dark on light or light on dark, on a stained wall in uneven light; then blur and noise.
         contrast = between(0.22, 0.7)
         grey, sign = 0.5 + between(-1, 1) * (0.42 - contrast / 2), between(-1, 1).sign()
         wall = grey - sign * contrast / 2 + normal(0.05, 3, 1, 1)
-        image = wall + smooth(0.04, 3, 4)
-        image = torch.lerp(image, wall + normal(0.1, 3, 1, 1), outline)
+        image = torch.lerp(wall + smooth(0.04, 3, 4), wall + normal(0.1, 3, 1, 1), outline)
         image = torch.lerp(image, grey + sign * contrast / 2 + normal(0.05, 3, 1, 1), ink)
-        image = image * (1 + between(-0.01, 0.01) * axis.view(32, 1) + between(-0.01, 0.01) * axis)
+        image = image * (1 + between(-0.01, 0.01) * axis[:, None] + between(-0.01, 0.01) * axis)
         blurred = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
         image = torch.lerp(image, blurred, between(0, 1)) + normal(1, 3, 32, 32) * between(0.01, 0.045)
         images[first:first + b] = (image * 255).clamp(0, 255).byte()[:n - first]
@@ -1297,10 +1142,10 @@ class Run:
             elif now - self.shown > 30 or step == steps:
                 print(line, flush=True)
                 self.shown = now
-            self.log.write(json.dumps(dict(
-                generation=self.name, step=step, learning_rate=lr, seconds=round(seconds, 2), loss_labeled=loss_labeled,
-                loss_unlabeled=loss_unlabeled if self.pseudo else None, images_per_second=round(rate)))
-                .encode() + b"\n")
+            entry = dict(generation=self.name, step=step, learning_rate=lr, seconds=round(seconds, 2), loss_labeled=loss_labeled,
+                         images_per_second=round(rate), loss_unlabeled=loss_unlabeled if self.pseudo else None)
+            with writing(self.folder):
+                self.log.write(json.dumps(entry).encode() + b"\n")
         self.seen, self.images_seen = now, self.images
         if now - self.saved >= SAVE_EVERY or step == steps or self.stopping:
             self.save(dict(name=self.name, step=step, model=model.state_dict(), ema=ema.model.state_dict(),
@@ -1331,7 +1176,7 @@ class Run:
             "test_error": error_rate(model, data.test_images, data.test_labels, data, config, size),
             # The paper measures robustness without the fix-resolution fine-tune.
             "robustness": measure_robustness(model, data, config) if config.robustness and size is None else None}]
-        self.robustness = self.compare()
+        self.compare()
         if self.main:
             save_model(self.model_path(name), model, network, data)
         self.state = None

@@ -156,13 +156,12 @@ PRESETS = {  # what differs from the defaults. ours: demo, chosen on dev
 def complete(config):
     """A copy of config with its open choices made. UserError for a value outside its range or a chain that shrinks."""
     def need(holds, name, expected):
-        if not holds:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}: expected {expected}")
+        expect(holds, f"--{name.replace('_', '-')} is {getattr(config, name)}: expected {expected}")
     for names, low, high, expected in (
-            (("batch", "steps", "ratio", "dev", "robustness_images"), 1, math.inf, "at least 1"),
-            (("teacher_steps", "per_class", "unlabeled", "test", "fix_resolution"), 1, math.inf, "at least 1"),
-            (("weight_decay", "warmup_epochs", "magnitude", "num_ops", "cutout", "crop"), 0, math.inf, "0 or more"),
-            (("translate_const", "cutout_const"), 0, math.inf, "0 or more"),
+            (("batch", "steps", "teacher_steps", "ratio", "dev", "test"), 1, math.inf, "at least 1"),
+            (("labels", "unlabeled", "per_class", "fix_resolution", "robustness_images"), 1, math.inf, "at least 1"),
+            (("seed", "weight_decay", "warmup_epochs", "num_ops", "magnitude"), 0, math.inf, "0 or more"),
+            (("translate_const", "cutout_const", "cutout", "crop"), 0, math.inf, "0 or more"),
             (("learning_rate", "epochs", "decay_epochs", "temperature", "memory"), 1e-30, math.inf, "a number above 0"),
             (("threshold", "label_smoothing", "dropout", "ema"), 0, 1, "a number in [0, 1)"),
             (("survival", "unlabeled_fraction", "bn_momentum"), 1e-30, 1.0000001, "a number in (0, 1]")):
@@ -173,14 +172,13 @@ def complete(config):
     need(0 <= low < high <= 1, "interval", "0 <= LOW < HIGH <= 1")
     need(len(config.models) >= 2, "models", "a teacher and at least one student")
     for name in config.models:
-        if name not in FAMILY:
-            raise UserError(f"unknown network {name!r} in --models: expected some of {', '.join(FAMILY)}")
+        expect(name in FAMILY, f"unknown network {name!r} in --models: expected some of {', '.join(FAMILY)}")
     with torch.device("meta"):
         sizes = [sum(w.numel() for w in EfficientNet(name, 10).parameters()) for name in config.models]
     for k, (teacher, student) in enumerate(zip(config.models, config.models[1:])):
-        if sizes[k + 1] < sizes[k] and not config.allow_smaller:
-            raise UserError(f"student {student} ({sizes[k + 1]:,} parameters) is smaller than its teacher {teacher} "
-                            f"({sizes[k]:,}): expected an equal or larger one; reorder --models or add --allow-smaller")
+        expect(sizes[k + 1] >= sizes[k] or config.allow_smaller,
+               f"student {student} ({sizes[k + 1]:,} parameters) is smaller than its teacher {teacher} ({sizes[k]:,}): "
+               "expected an equal or larger one; reorder --models or add --allow-smaller")
     robustness, out = config.robustness, config.out
     if robustness is None:  # where it costs less than a fifth of the run
         robustness = config.dataset in ("digits", "cifar10") and config.steps >= 500

@@ -85,9 +85,9 @@ class Config:
     extra: bool = option(False, "SVHN: its 531,131 extra images are the unlabelled pool [code]")
     # Training
     batch: int = option(32, "labelled images per step, B [v4: 2048; SVHN: 128]")
-    ratio: int = option(2, "unlabelled images per labelled one, r [v4: 14, 28 for L2; v1: 3 or 1; SVHN: 5]")
-    steps: int = option(1000, "steps of each student and of the supervised control [SVHN: 109,474]")
-    teacher_steps: int | None = option(1500, "steps of the teacher (none: as --steps)")
+    ratio: int = option(1, "unlabelled images per labelled one, r [v4: 14, 28 for L2; v1: 3 or 1; SVHN: 5]")
+    steps: int = option(1500, "steps of each student and of the supervised control [SVHN: 109,474]")
+    teacher_steps: int | None = option(None, "steps of the teacher (none: as --steps)")
     learning_rate: float = option(0.128, "peak, per 256 labelled images [v4: 0.128 at 2048]")
     epochs: float = option(350.0, "what the schedule counts the steps as [v4: 350, small 700; SVHN: 202.33]")
     warmup_epochs: float = option(5.0, "epochs of linear warm-up [code: 5]")
@@ -141,14 +141,13 @@ class Config:
 SVHN_RECIPE = dict(
     learning_rate=0.016,
     labels=None, dev=4000, test=None, unlabeled=None, extra=True, models=("b0", "b0"), batch=128, ratio=5, steps=109474,
-    teacher_steps=None,
     epochs=109474 * 128 / 69257, decay_epochs=1.3716, weight_decay=1e-4, ema=0.9999, bn_momentum=0.01, loss="ratio",
     magnitude=5.0, cutout=8, crop=4, threshold=0.0, balance=False)
 PRESETS = {  # what differs from the defaults. ours: demo, chosen on dev
     "demo": {"digits": {},
-             "cifar10": dict(labels=4000, dev=2000, test=None, unlabeled=None, steps=3000, teacher_steps=None),
-             "svhn": dict(labels=1000, dev=4000, test=None, unlabeled=None, steps=3000, teacher_steps=None),
-             "folder": dict(labels=None, dev=None, test=None, unlabeled=None, teacher_steps=None)},
+             "cifar10": dict(labels=4000, dev=2000, test=None, unlabeled=None, steps=3000, ratio=2),
+             "svhn": dict(labels=1000, dev=4000, test=None, unlabeled=None, steps=3000, ratio=2),
+             "folder": dict(labels=None, dev=None, test=None, unlabeled=None)},
     "paper": {"svhn": SVHN_RECIPE,
               "cifar10": SVHN_RECIPE | dict(labels=4000, dev=5000, extra=False),  # ours: CIFAR-10 has no extra set
               "digits": SVHN_RECIPE | dict(labels=69257, test=26032, unlabeled=531131, extra=False)}}  # SVHN's sizes
@@ -160,8 +159,8 @@ def complete(config):
     for names, low, high, expected in (
             (("batch", "steps", "teacher_steps", "ratio", "dev", "test"), 1, math.inf, "at least 1"),
             (("labels", "unlabeled", "per_class", "fix_resolution", "robustness_images"), 1, math.inf, "at least 1"),
-            (("seed", "weight_decay", "warmup_epochs", "num_ops", "magnitude"), 0, math.inf, "0 or more"),
-            (("translate_const", "cutout_const", "cutout", "crop"), 0, math.inf, "0 or more"),
+            (("seed", "weight_decay", "warmup_epochs", "num_ops"), 0, math.inf, "0 or more"),
+            (("magnitude", "translate_const", "cutout_const", "cutout", "crop"), 0, 1000, "a number in [0, 1000)"),
             (("learning_rate", "epochs", "decay_epochs", "temperature", "memory"), 1e-30, math.inf, "a number above 0"),
             (("threshold", "label_smoothing", "dropout", "ema"), 0, 1, "a number in [0, 1)"),
             (("survival", "unlabeled_fraction", "bn_momentum"), 1e-30, 1.0000001, "a number in (0, 1]")):
@@ -171,6 +170,7 @@ def complete(config):
     low, high = config.interval or (0, 1)
     need(0 <= low < high <= 1, "interval", "0 <= LOW < HIGH <= 1")
     need(len(config.models) >= 2, "models", "a teacher and at least one student")
+    need(not config.warm_start or len(set(config.models)) == 1, "models", "equal networks for --warm-start")
     for name in config.models:
         expect(name in FAMILY, f"unknown network {name!r} in --models: expected some of {', '.join(FAMILY)}")
     with torch.device("meta"):
@@ -184,7 +184,7 @@ def complete(config):
         robustness = config.dataset in ("digits", "cifar10") and config.steps >= 500
     folder = "runs/" + (Path(config.dataset).name or "folder")
     while out is None:  # the first free one of runs/digits, runs/digits-2, ...
-        out = folder if not Path(folder).exists() or not any(Path(folder).iterdir()) else None
+        out = folder if is_free(Path(folder)) else None
         stem, _, number = folder.rpartition("-")
         folder = f"{stem}-{int(number) + 1}" if number.isdigit() and stem else folder + "-2"
     return replace(config, robustness=robustness, out=out)
@@ -199,6 +199,9 @@ def noisy_student(config):
     config = complete(config)
     device = setup(config)
     data = load_data_once(config).to(device, config.memory)
+    expect(config.crop < min(data.test_images.shape[2:]), f"--crop {config.crop}: expected less than the images' sides")
+    if config.robustness and config.cifar10_c:
+        load_cifar10_c(config.cifar10_c)  # a bad folder is found now, not in an hour
     run = Run(config, data)
     chain = [("supervised", config.models[-1]), ("teacher", config.models[0])]
     chain += [(f"student {k}", network) for k, network in enumerate(config.models[1:], 1)]
@@ -270,11 +273,11 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
         if use_labeled:
             rows = batch_rows(n, B, step, config.seed, "labelled")[rank::world]
             images.append(gather(data.labeled_images, rows, device))  # (B,3,H,W)
-            target.append(targets[rows.to(device)])  # (B,K)
+            target.append(targets[rows.to(device, non_blocking=True)])  # (B,K)
         if use_unlabeled:
             rows = pseudo.rows[batch_rows(len(pseudo.rows), U, step, config.seed, key)[rank::world]]
             images.append(gather(data.unlabeled_images, rows, device))  # (U,3,H,W)
-            target.append(pseudo.targets[rows].to(device))  # (U,K)
+            target.append(pseudo.targets[rows].to(device, non_blocking=True))  # (U,K)
         b = len(images[0]) if use_labeled else 0
         images, target = torch.cat(images), torch.cat(target)
         noised = len(images) if config.unlabeled_model_noise else b
@@ -460,7 +463,8 @@ def pseudo_label(teacher, images, data, config, *, batch=1000, key=""):
                 module.eval()
     else:
         model = fold_batchnorm(teacher)
-    probabilities = torch.zeros(len(images), data.num_classes, device=device)
+    probabilities, batch = torch.zeros(len(images), data.num_classes, device=device), at_once(images, None, batch)
+    shard, efficientnet.SHARD = efficientnet.SHARD, (0, 1)  # a rank labels whole batches, with all of their noise
     for start in range(rank * batch, len(images), world * batch):
         x = gather(images, torch.arange(start, min(start + batch, len(images))), device)
         if config.noisy_teacher:
@@ -468,12 +472,13 @@ def pseudo_label(teacher, images, data, config, *, batch=1000, key=""):
             x = add_noise(x, config, data.flip)
         with precision(device, config):
             probabilities[start:start + batch] = model(normalise(x, data)).float().softmax(1)
+    efficientnet.SHARD = shard
     if world > 1:
         dist.all_reduce(probabilities)
     return probabilities.cpu()
 
 def filter_and_balance(probabilities, threshold, per_class, generator=None, *, balance=True, below=math.inf):
-    """Rows to train on, int64 (M',), copies included, from pseudo-label probabilities (M,K). Section 3.1.
+    """Rows to train on, int64 (M',), copies included, from pseudo-label probabilities (M,K) [v4].
 
     Keeps images whose confidence, the largest probability, is >= threshold (and < below); of each predicted class the
     `per_class` most confident (None: the mean number kept). A class with fewer is duplicated at random, its copies
@@ -481,28 +486,27 @@ def filter_and_balance(probabilities, threshold, per_class, generator=None, *, b
     Ours is exact: the official code walks 0.01-wide bins of confidence and draws the number of copies."""
     confidence, label = probabilities.max(1)                                                                 # (M,)
     kept = ((confidence >= threshold) & (confidence < below)).nonzero().squeeze(1)
+    K, counts = probabilities.shape[1], label[kept].bincount(minlength=probabilities.shape[1])
+    empty = (counts == 0).nonzero().squeeze(1).tolist()
+    if empty and len(kept):
+        warnings.warn(f"no unlabelled image is left of class {', '.join(map(str, empty))}")
     if not balance or not len(kept):
         return kept
-    K = probabilities.shape[1]
     per_class = per_class or max(1, round(len(kept) / K))
-    rows, empty = [], []
-    for k in range(K):
+    rows = []
+    for k in counts.nonzero().squeeze(1).tolist():
         mine = kept[label[kept] == k]
         mine = mine[confidence[mine].argsort(descending=True, stable=True)][:per_class]
-        if not len(mine):
-            empty.append(k)
-            continue
         copies, rest = divmod(per_class, len(mine))
         some = torch.randperm(len(mine), generator=generator)[:rest]
         rows += [mine.repeat(copies), mine[some]]
-    if empty:
-        warnings.warn(f"no unlabelled image is left of class {', '.join(map(str, empty))}")
     return torch.cat(rows)
 
 def make_pseudo(teacher, data, config, key="", run=None):
     """Label, filter and balance the unlabelled images, and turn probabilities into the student's targets -> Pseudo."""
+    dev = pseudo_label(teacher, data.dev_images, data, config, key=key)
+    warn_near_chance((dev.argmax(1) != data.dev_labels.cpu()).float().mean().item(), dev)
     probabilities = pseudo_label(teacher, data.unlabeled_images, data, config, key=key)
-    warn_near_chance(error_rate(teacher, data.dev_images, data.dev_labels, data, config), probabilities)
     low, high = config.interval or (config.threshold, math.inf)
     high = math.inf if high >= 1 else high
     generator = torch.Generator().manual_seed(seed_of(config.seed, key, "balance"))
@@ -525,14 +529,19 @@ def warn_near_chance(dev_error, probabilities):
     K = probabilities.shape[1]
     if 1 - dev_error < 1.5 / K:
         counts = probabilities.argmax(1).bincount(minlength=K).tolist()
-        warnings.warn(f"the teacher is near chance: {1 - dev_error:.1%} right on dev, guessing {1 / K:.1%}; images it "
-                      f"labelled per class: {counts}; give it more --teacher-steps, --labels or --learning-rate")
+        warnings.warn(f"the teacher is near chance: {1 - dev_error:.1%} right on dev, guessing {1 / K:.1%}; dev images it"
+                      f" labelled per class: {counts}; give it more --teacher-steps, --labels or --learning-rate")
+
+def at_once(images, size, batch):
+    """`batch` 32x32 images, or as many larger ones as have the same number of pixels."""
+    return max(1, batch * 1024 // (size ** 2 if size else images.shape[2] * images.shape[3]))
 
 @torch.inference_mode()
 def error_rate(model, images, labels, data, config, size=None, batch=1000):
     """Share of wrong predictions of a network in evaluation mode on clean images, at `size` pixels if given."""
     device = next(model.parameters()).device
     model, wrong = fold_batchnorm(model), torch.zeros((), dtype=torch.long, device=device)
+    batch = at_once(images, size, batch)
     for start in range(0, len(images), batch):
         x = gather(images, torch.arange(start, min(start + batch, len(images))), device)
         with precision(device, config):
@@ -772,7 +781,8 @@ class Data:
     def to(self, device, gibibytes):
         """A copy on the device; a set of images larger than `gibibytes` stays where it is."""
         return replace(self, **{name: value.to(device) for name, value in vars(self).items()
-                                if isinstance(value, torch.Tensor) and value.nbytes <= gibibytes * 2**30})
+                                if isinstance(value, torch.Tensor)
+                                and (value.dtype != torch.uint8 or value.nbytes <= gibibytes * 2**30)})
 
 def load_data(config):
     """The data set that `config` names, as Data. Raises UserError for whatever is missing, malformed or impossible.
@@ -786,7 +796,7 @@ def load_data(config):
     expect(source == "svhn" or not config.extra, f"--extra: only SVHN has extra images; drop it for {source}")
     images, labels = read_part(name, "train", config)
     K, N = 10 if name in DATASETS else int(labels.max()) + 1, len(labels)
-    dev = min(1000, N // 10) if config.dev is None else config.dev
+    dev = max(1, min(1000, N // 10)) if config.dev is None else config.dev
     expect(dev < N, f"--dev {dev}: expected fewer than the {N} training images of {name}")
     dev, order = np.split(np.random.RandomState(0).permutation(N), [dev])
     wanted = config.labels or len(order)
@@ -1077,18 +1087,19 @@ class Run:
             self.state = load_file(path, "checkpoint")
             self.records = self.state["generations"]
             same_config(path, self.state["config"], identity(config))
-        elif self.main and not config.resume and self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} is not empty: expected a new output folder; add --resume to go on with "
-                            "the run in it, or choose another --out")
+        elif self.main:
+            expect(is_free(self.folder), f"{self.folder} is not empty: expected a new output folder; add --resume to go "
+                   "on with the run in it, or choose another --out")
         if self.main:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.log = open(self.folder / "log.jsonl", "ab", buffering=0)
                 self.log.truncate(self.state["log_bytes"] if self.state else 0)
+                self.log.seek(0, os.SEEK_END)
             self.save(self.state or {"name": None})  # an --out that cannot be written is found now, not in an hour
-            if threading.current_thread() is threading.main_thread():
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, self.stop)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 saves; the others wait for it to end them
+                signal.signal(number, self.stop if self.main else signal.SIG_IGN)
 
     def stop(self, *_):
         if self.stopping:
@@ -1099,7 +1110,9 @@ class Run:
     def finished(self, name):
         """The saved network of a generation that an earlier, interrupted run finished, or None."""
         if any(r["name"] == name for r in self.records):
-            return load_model(self.model_path(name), self.data.labels.device)[0]
+            c = self.config  # a noisy teacher and the fix-resolution fine-tune use its noise again
+            return load_model(self.model_path(name), self.data.labels.device, dropout=c.dropout, survival=c.survival,
+                              bn_momentum=c.bn_momentum)[0]
 
     def restored_pseudo(self, name):
         return Pseudo(*self.state["pseudo"]) if self.state and self.state["name"] == name else None
@@ -1176,7 +1189,7 @@ class Run:
             "robustness": measure_robustness(model, data, config) if config.robustness and size is None else None}]
         self.compare()
         if self.main:
-            save_model(self.model_path(name), model, network, data)
+            save_model(self.model_path(name), model, network, data, size)
         self.state = None
         self.save({"name": None})
         self.write_results()
@@ -1204,6 +1217,11 @@ class Run:
             if self.config.plot:
                 plot(self.config, self.data, self.records)
         return results
+
+def is_free(folder):
+    """Whether a run may write here: nothing is there but what a run leaves that was killed before its first checkpoint."""
+    with writing(folder):
+        return not folder.exists() or not {p.name for p in folder.iterdir()} - {"log.jsonl", "checkpoint.pt.tmp"}
 
 def identity(config):
     """The part of a configuration that decides the results: what --resume compares."""
@@ -1257,14 +1275,14 @@ def load_file(path, kind):
         raise UserError(f"{path}: found {found}, expected a {kind} of version {VERSION}; use the program that wrote it")
     return content
 
-def save_model(path, model, network, data):
+def save_model(path, model, network, data, size=None):
     save_file(path, "model", dict(network=network, num_classes=data.num_classes, mean=data.mean.cpu(),
-                                  std=data.std.cpu(), small_images=is_small(data), weights=model.state_dict()))
+                                  std=data.std.cpu(), size=size, small_images=is_small(data), weights=model.state_dict()))
 
-def load_model(path, device):
+def load_model(path, device, **noise):
     """(network in evaluation mode, the file's other entries)."""
     info = load_file(path, "model")
-    model = EfficientNet(info["network"], info["num_classes"], small_images=info["small_images"])
+    model = EfficientNet(info["network"], info["num_classes"], small_images=info["small_images"], **noise)
     model.load_state_dict(info.pop("weights"))
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), info
 
@@ -1317,7 +1335,8 @@ def plot(config, data, records):
     # A strip of unlabelled images: what the teacher labels (clean) above what the student learns from (noised).
     device = data.labels.device
     images = gather(data.unlabeled_images, torch.arange(min(6, len(data.unlabeled_images))), device)
-    p = pseudo_label(load_model(folder / "teacher.pt", device)[0], images, data, config)
+    with torch.no_grad():
+        p = load_model(folder / "teacher.pt", device)[0](normalise(images, data)).softmax(1).cpu()
     noised = add_noise(images, config, data.flip)
     strip = torch.cat([torch.cat([*pair], 1) for pair in zip(images, noised)], 2)                           # (3,2H,6W)
     table.imshow(strip.permute(1, 2, 0).cpu())
@@ -1348,6 +1367,7 @@ def setup(config):
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     try:
         device = torch.device(name)
+        expect(device.type in ("cpu", "cuda"), f"--device {config.device}: expected auto, cpu or cuda")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
@@ -1418,16 +1438,17 @@ def dry_run(config):
         if not f.metadata.get("action"):
             value = getattr(config, f.name)
             preset = f.name in recipe and recipe[f.name] == value
-            origin = "preset" if preset else "default" if value == f.default else "flag"
+            origin = "preset" if preset else "default" if f.name in ("out", "robustness") or value == f.default else "flag"
             print(f"{f.name:<22} {str(value):<26} {origin:<8} {f.metadata['source']}")
     data, pseudo = random_data(config, device)
     plan = [("supervised", config.models[-1], config.steps, None),
             ("teacher", config.models[0], config.teacher_steps or config.steps, None)]
     plan += [(f"student {k}", network, config.steps, pseudo) for k, network in enumerate(config.models[1:], 1)]
     print(f"\nestimated training time on {device}, from a few steps on random 32x32 images:")
-    total = 0.0
+    total, step = 0.0, functools.lru_cache(None)(lambda network, labels: step_seconds(
+        network, data, pseudo if labels else None, config))
     for name, network, steps, part in plan:
-        seconds = step_seconds(network, data, part, config) * steps
+        seconds = step(network, part is not None) * steps
         total += seconds
         print(f"{name:<12} {network:<6} {steps:>8,} steps {seconds / 60:10.1f} min")
     print(f"{'all':<34} {total / 60:10.1f} min")
@@ -1441,8 +1462,9 @@ def evaluate(config):
         raise UserError(f"{config.evaluate} is for {info['num_classes']} classes, {config.dataset} has {data.num_classes}"
                         " (or images of another size): give the --dataset it was trained on")
     data = replace(data, mean=info["mean"].to(device), std=info["std"].to(device))
-    print(f"dev error {error_rate(model, data.dev_images, data.dev_labels, data, config):.2%}")
-    print(f"test error {error_rate(model, data.test_images, data.test_labels, data, config):.2%}")
+    size = info["size"]  # of a fix-resolution fine-tune
+    print(f"dev error {error_rate(model, data.dev_images, data.dev_labels, data, config, size):.2%}")
+    print(f"test error {error_rate(model, data.test_images, data.test_labels, data, config, size):.2%}")
     if config.robustness:
         beside = [Path(config.evaluate).with_name("supervised.pt"), Path(config.evaluate)]
         reports = {path.stem: measure_robustness(load_model(path, device)[0], data, config)
@@ -1490,6 +1512,7 @@ def parse_args(argv=None):
             saved = load_file(path, "checkpoint")["config"]
             same_config(path, saved, given)
             return Config(**saved | given)
+        raise UserError(f"{path} does not exist: there is nothing to resume; run the same command without --resume")
     if "steps" in given:  # every generation's, the teacher's included
         given.setdefault("teacher_steps", None)
     return complete(Config(**recipe_of(preset, dataset) | given))
@@ -1506,12 +1529,12 @@ def out_of_memory(config):
     try:
         torch.cuda.empty_cache()
         small = replace(config, batch=max(1, config.batch // 8), compile=False)
-        device = setup(small)
-        data, pseudo = random_data(small, device)
+        data, pseudo = random_data(small, torch.device("cuda"))
         base = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         train(build(config.models[-1], data, small), data, small, pseudo, steps=2)
         each = (torch.cuda.max_memory_allocated() - base) / small.batch
+        torch.cuda.empty_cache()
         fits = int(0.9 * torch.cuda.mem_get_info()[0] / each)
     except torch.OutOfMemoryError:
         fits = config.batch // 8
@@ -1527,7 +1550,9 @@ def keep_freed_memory():
 def main(argv=None):
     """Run the command line -> exit status: 0 done, 2 an error that one line explains, 130 stopped by Ctrl-C."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    warnings.simplefilter("always", UserWarning)  # a class may vanish in every generation
+    warnings.filterwarnings("ignore", "Grad strides do not match|.*broadcast_buffers")  # DDP's, harmless
+    handlers, full = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)], False
     keep_freed_memory()
     try:
         config = parse_args(argv)
@@ -1538,10 +1563,16 @@ def main(argv=None):
         print(f"noisy_student.py: error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print(f"noisy_student.py: error: {out_of_memory(config)}", file=sys.stderr)
+        full = True
+    except (RuntimeError, MemoryError) as error:
+        lost, memory = world_of()[0] > 0, isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not lost and not memory:
+            raise
+        advice = "out of memory; lower --batch, --ratio or --unlabeled" if memory else "another process stopped"
+        print(f"noisy_student.py: error: {advice} ({first_line(error)})", file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt) as stop:
-        print(f"\nnoisy_student.py: {stop or 'interrupted; add --resume to go on'}", file=sys.stderr)
+        print(f"\nnoisy_student.py: {str(stop) or 'interrupted; add --resume to go on'}", file=sys.stderr)
         return 130
     finally:
         if threading.current_thread() is threading.main_thread():
@@ -1549,6 +1580,9 @@ def main(argv=None):
                 signal.signal(number, handler)
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+    if full:  # here the failed network is gone
+        print(f"noisy_student.py: error: {out_of_memory(config)}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -237,6 +237,8 @@ def test_a_vanished_class_is_named_and_nothing_kept_is_an_error():
     p = torch.tensor([[.9, .1, 0.], [.2, .8, 0.]])
     with pytest.warns(UserWarning, match="class 2"):
         rows = ns.filter_and_balance(p, 0.3, 5)
+    with pytest.warns(UserWarning, match="class 2"):
+        assert ns.filter_and_balance(p, 0.3, 5, balance=False).tolist() == [0, 1]
     assert sorted(rows.tolist()) == [0] * 5 + [1] * 5
     data = tagged_data()
     teacher = ns.build("nano", data, config_of()).eval()
@@ -338,12 +340,16 @@ BAD = {"--models nano banana": "unknown network 'banana'", "--models tiny nano":
        "--labels 5": "--labels", "--dropout 1": "--dropout", "--interval 0.5 0.2": "--interval", "--device cuda:99": "cuda:99",
        "--device banana": "banana", "--steps x": "--steps", "--banana": "--banana", "--preset banana": "banana", "--temperature 0": "--temperature",
        "--preset paper --dataset data": "no recipe", "--evaluate nowhere.pt": "nowhere.pt", "--learning-rate nan": "--learning-rate",
-       "--steps -3": "--steps", "--dev 0": "--dev", "--ema 1": "--ema", "--unlabeled-dataset nowhere": "nowhere"}
+       "--steps -3": "--steps", "--dev 0": "--dev", "--crop 40": "--crop", "--magnitude 1e308": "--magnitude",
+       "--seed -1": "--seed", "--device meta": "--device", "--models nano micro --warm-start": "--warm-start",
+       "--resume --out nowhere": "nothing to resume", "--out file": "file", "--robustness --cifar10-c nowhere": "nowhere",
+       "--unlabeled 10000000000000": "memory", "--ema 1": "--ema", "--unlabeled-dataset nowhere": "nowhere"}
 
 
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_is_one_line_and_status_2(flags, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("not a folder")
     assert ns.main(SMALL + ["--steps", "1"] + flags.split()) == 2
     captured = capsys.readouterr().err.strip()
     assert "\n" not in captured and captured.startswith("noisy_student.py: error: ") and BAD[flags] in captured
@@ -410,6 +416,8 @@ def test_killed_and_resumed_runs_end_equal_to_the_bit(tmp_path):
         kills += process.wait() == -signal.SIGKILL
         process = start(tmp_path / "killed", "--resume")
     assert process.wait() == 0 and kills == 2
+    entries = [json.loads(line) for line in log.read_text().splitlines()]  # whole lines, no step twice
+    assert len({(e["generation"], e["step"]) for e in entries}) == len(entries)
     (figures, weights), (figures2, weights2) = outcome(tmp_path / "whole"), outcome(tmp_path / "killed")
     assert figures == figures2 and weights.keys() == weights2.keys() and len(weights) == 4
     assert all(torch.equal(weights[f][k], weights2[f][k]) for f in weights for k in weights[f])
@@ -493,7 +501,7 @@ def test_two_processes_train_as_one_does(tmp_path):
 
 
 def test_steps_sets_every_generation():
-    assert ns.parse_args([]).teacher_steps == 1500 and ns.parse_args(["--steps", "7"]).teacher_steps is None
+    assert ns.parse_args(["--steps", "7"]).teacher_steps is None
     assert ns.parse_args(["--steps", "7", "--teacher-steps", "9"]).teacher_steps == 9
 
 

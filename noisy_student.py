@@ -110,7 +110,7 @@ class Config:
     crop: int = option(2, "reflect-pad by so many pixels and crop at random, 0: none [code, SVHN: 4]")
     dropout: float | None = option(None, "drop rate at the end (none: the network's own) [v4: 0.5]")
     survival: float = option(0.8, "survival probability at the last block, stochastic depth [v4: 0.8]")
-    unlabeled_augment: bool = option(True, "augment the unlabelled images too [v4 table 6: student without augmentation]")
+    unlabeled_augment: bool = option(True, "augment the unlabelled images too [v4 table 6]")
     unlabeled_model_noise: bool = option(True, "dropout and stochastic depth on the unlabelled images too [v4 table 6]")
     noisy_teacher: bool = option(False, "label with the noise on [v4 table 6]")
     # Pseudo labels
@@ -190,7 +190,7 @@ def complete(config):
     return replace(config, robustness=robustness, out=out)
 
 
-# ---- Algorithm 1 ------------------------------------------------------------------------------------- ([v4])
+# ---- Algorithm 1 ---------------------------------------------------------------------------------------------- ([v4])
 def noisy_student(config):
     """The whole method: a supervised control, a teacher, then students, each taught by the one before.
 
@@ -216,9 +216,9 @@ def noisy_student(config):
             pseudo = None
             if name.startswith("student"):
                 # Step 2: the un-noised teacher labels the clean unlabelled images.
-                pseudo = run.restored_pseudo(name) or make_pseudo(teacher, data, config, key, run)
+                pseudo = run.restored_pseudo(name) or make_pseudo(teacher, data, config, key)
                 if config.warm_start:
-                    warm_start(model, teacher)
+                    model.load_state_dict(teacher.state_dict())
             # Step 1 (teacher, on labelled images) and step 3 (student, on labelled and unlabelled images): noised.
             steps = config.teacher_steps if name == "teacher" else config.steps
             model = train(model, data, config, pseudo, steps=steps, key=key, run=run.begin(name, network, pseudo))
@@ -233,7 +233,7 @@ def noisy_student(config):
     return run.close()
 
 
-# ---- Training ------------------------------------------------------------------- ([v4]; [code])
+# ---- Training ----------------------------------------------------------------------------------------- ([v4]; [code])
 def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
           augment=True, frozen=0, size=None, base_lr=None):
     """Minimise cross-entropy on noised labelled images, and on noised unlabelled ones where `pseudo` is given.
@@ -434,13 +434,8 @@ def is_small(data):
     """Whether the network gets the official strides for small images (32x32)."""
     return data.test_images.shape[2] <= 64
 
-def warm_start(student, teacher):
-    if student.name != teacher.name:
-        raise UserError(f"--warm-start of {student.name} from {teacher.name}: expected equal networks in --models")
-    student.load_state_dict(teacher.state_dict())
 
-
-# ---- Pseudo labels ---------------------------------------------------------- ([v4]; [code])
+# ---- Pseudo labels ------------------------------------------------------------------------------------ ([v4]; [code])
 class Pseudo(typing.NamedTuple):
     """rows: int64 (M',) rows of data.unlabeled_images to train on, copies included. targets: float32 (M,K), what the
     student is to predict on each unlabelled image. kept: how many images passed the filter."""
@@ -502,7 +497,7 @@ def filter_and_balance(probabilities, threshold, per_class, generator=None, *, b
         rows += [mine.repeat(copies), mine[some]]
     return torch.cat(rows)
 
-def make_pseudo(teacher, data, config, key="", run=None):
+def make_pseudo(teacher, data, config, key=""):
     """Label, filter and balance the unlabelled images, and turn probabilities into the student's targets -> Pseudo."""
     dev = pseudo_label(teacher, data.dev_images, data, config, key=key)
     warn_near_chance((dev.argmax(1) != data.dev_labels.cpu()).float().mean().item(), dev)
@@ -529,8 +524,8 @@ def warn_near_chance(dev_error, probabilities):
     K = probabilities.shape[1]
     if 1 - dev_error < 1.5 / K:
         counts = probabilities.argmax(1).bincount(minlength=K).tolist()
-        warnings.warn(f"the teacher is near chance: {1 - dev_error:.1%} right on dev, guessing {1 / K:.1%}; dev images it"
-                      f" labelled per class: {counts}; give it more --teacher-steps, --labels or --learning-rate")
+        warnings.warn(f"the teacher is near chance: {1 - dev_error:.1%} right on dev, guessing {1 / K:.1%}; dev images "
+                      f"it labelled per class: {counts}; give it more --teacher-steps, --labels or --learning-rate")
 
 def at_once(images, size, batch):
     """`batch` 32x32 images, or as many larger ones as have the same number of pixels."""
@@ -549,7 +544,7 @@ def error_rate(model, images, labels, data, config, size=None, batch=1000):
     return wrong.item() / len(images)
 
 
-# ---- Fix-resolution fine-tune -------------------------------------------------- ([v4]; [code])
+# ---- Fix-resolution fine-tune ------------------------------------------------------------------------- ([v4]; [code])
 def fine_tune_resolution(model, data, config, size, *, epochs=1.5, run=None):
     """Train a copy of `model` for 1.5 epochs more at the larger `size` (pixels), on un-augmented labelled images, the
     shallow layers frozen and their batch-norm in evaluation mode -> its moving average.
@@ -750,7 +745,7 @@ def measure_robustness(model, data, config):
                       num_images=len(rows), cifar10_c=load_cifar10_c(config.cifar10_c) if config.cifar10_c else None)
 
 
-# ---- Data --------------------------------------------------------------------------- (SVHN split: the official code)
+# ---- Data ---------------------------------------------------------------------------- (SVHN split: the official code)
 # A whole data set is one uint8 tensor (N,3,H,W) and a batch is images[index]: no loader, no workers.
 DATASETS = ("digits", "cifar10", "svhn")
 SVHN, CIFAR = "http://ufldl.stanford.edu/housenumbers/", "https://www.cs.toronto.edu/~kriz/"
@@ -843,7 +838,8 @@ def read_part(name, part, config):
     """Images uint8 (N,3,H,W) and labels (numpy, int64 (N,)) of "train", "test" or "pool": another set's unlabelled."""
     if name == "digits":
         more, test = config.unlabeled or 8000, config.test or 2000
-        n = {"train": more + (1000 if config.dev is None else config.dev) + (config.labels or 0), "test": test, "pool": more}[part]
+        dev = 1000 if config.dev is None else config.dev
+        n = {"train": more + dev + (config.labels or 0), "test": test, "pool": more}[part]
         images, labels = make_digits(n, 3 * config.seed + ["train", "test", "pool"].index(part))
         return images, labels.numpy()
     file, folder = "test" if part == "test" else "train", Path(name)
@@ -1088,8 +1084,8 @@ class Run:
             self.records = self.state["generations"]
             same_config(path, self.state["config"], identity(config))
         elif self.main:
-            expect(is_free(self.folder), f"{self.folder} is not empty: expected a new output folder; add --resume to go "
-                   "on with the run in it, or choose another --out")
+            expect(is_free(self.folder), f"{self.folder} is not empty: expected a new output folder; add --resume to go on"
+                   " with the run in it, or choose another --out")
         if self.main:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -1153,8 +1149,9 @@ class Run:
             elif now - self.shown > 30 or step == steps:
                 print(line, flush=True)
                 self.shown = now
-            entry = dict(generation=self.name, step=step, learning_rate=lr, seconds=round(seconds, 2), loss_labeled=loss_labeled,
-                         images_per_second=round(rate), loss_unlabeled=loss_unlabeled if self.pseudo else None)
+            entry = dict(generation=self.name, step=step, learning_rate=lr, seconds=round(seconds, 2),
+                         images_per_second=round(rate), loss_labeled=loss_labeled,
+                         loss_unlabeled=loss_unlabeled if self.pseudo else None)
             with writing(self.folder):
                 self.log.write(json.dumps(entry).encode() + b"\n")
         self.seen, self.images_seen = now, self.images
@@ -1219,7 +1216,7 @@ class Run:
         return results
 
 def is_free(folder):
-    """Whether a run may write here: nothing is there but what a run leaves that was killed before its first checkpoint."""
+    """Whether a run may write here: there is at most what a run leaves that was killed before its first checkpoint."""
     with writing(folder):
         return not folder.exists() or not {p.name for p in folder.iterdir()} - {"log.jsonl", "checkpoint.pt.tmp"}
 
@@ -1277,7 +1274,8 @@ def load_file(path, kind):
 
 def save_model(path, model, network, data, size=None):
     save_file(path, "model", dict(network=network, num_classes=data.num_classes, mean=data.mean.cpu(),
-                                  std=data.std.cpu(), size=size, small_images=is_small(data), weights=model.state_dict()))
+                                  std=data.std.cpu(), size=size, small_images=is_small(data),
+                                  weights=model.state_dict()))
 
 def load_model(path, device, **noise):
     """(network in evaluation mode, the file's other entries)."""
@@ -1437,8 +1435,8 @@ def dry_run(config):
     for f in fields(Config):
         if not f.metadata.get("action"):
             value = getattr(config, f.name)
-            preset = f.name in recipe and recipe[f.name] == value
-            origin = "preset" if preset else "default" if f.name in ("out", "robustness") or value == f.default else "flag"
+            default = value == f.default or f.name in ("out", "robustness")
+            origin = "preset" if recipe.get(f.name, f) == value else "default" if default else "flag"
             print(f"{f.name:<22} {str(value):<26} {origin:<8} {f.metadata['source']}")
     data, pseudo = random_data(config, device)
     plan = [("supervised", config.models[-1], config.steps, None),
@@ -1459,8 +1457,8 @@ def evaluate(config):
     data = load_data(config).to(device, config.memory)
     model, info = load_model(config.evaluate, device)
     if info["num_classes"] != data.num_classes or info["small_images"] != is_small(data):
-        raise UserError(f"{config.evaluate} is for {info['num_classes']} classes, {config.dataset} has {data.num_classes}"
-                        " (or images of another size): give the --dataset it was trained on")
+        raise UserError(f"{config.evaluate} is for {info['num_classes']} classes, {config.dataset} has "
+                        f"{data.num_classes} (or images of another size): give the --dataset it was trained on")
     data = replace(data, mean=info["mean"].to(device), std=info["std"].to(device))
     size = info["size"]  # of a fix-resolution fine-tune
     print(f"dev error {error_rate(model, data.dev_images, data.dev_labels, data, config, size):.2%}")
@@ -1583,7 +1581,6 @@ def main(argv=None):
     if full:  # here the failed network is gone
         print(f"noisy_student.py: error: {out_of_memory(config)}", file=sys.stderr)
         return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())

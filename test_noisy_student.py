@@ -536,6 +536,29 @@ def test_every_command_in_the_readme_parses():
             ns.parse_args(command.split() + ["--out", "nowhere"])
 
 
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ns, "REPORT_EVERY", 0)
+    monkeypatch.setattr(ns, "SAVE_EVERY", 0)
+    assert ns.main([*SMALL, "--steps", "300", "--learning-rate", "1e30", "--out", str(tmp_path / "run")]) == 2
+    assert "lower --learning-rate" in capsys.readouterr().err
+    state = ns.load_file(tmp_path / "run" / "checkpoint.pt", "checkpoint")
+    assert state["step"] >= 1 and "model" in state
+
+
+def test_out_of_memory_suggests_a_batch_that_fits(capsys, monkeypatch):
+    """On a pretended GPU of 1 GiB where an image of the labelled batch costs 100 MiB."""
+    random_data = ns.random_data
+    def too_much(config):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(ns, "noisy_student", too_much)
+    monkeypatch.setattr(ns, "random_data", lambda config, device: random_data(config, torch.device("cpu")))
+    for name, value in dict(empty_cache=None, reset_peak_memory_stats=None, memory_allocated=0, max_memory_allocated=400 << 20,
+                            mem_get_info=(1 << 30, 1 << 30)).items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert ns.main([*SMALL, "--batch", "32"]) == 2  # the trial runs 32 / 8 = 4 of them
+    assert "--batch 32" in (line := capsys.readouterr().err) and "about --batch 9 would fit" in line
+
+
 # ==== EfficientNet ====================================================================================================
 # ---- The family ----
 def test_family_as_printed_has_the_published_parameters_and_multiply_adds(capsys):

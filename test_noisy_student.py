@@ -377,7 +377,7 @@ def test_the_test_set_is_read_once_per_generation(tmp_path, monkeypatch):
     seen, error_rate = [], ns.error_rate
     monkeypatch.setattr(ns, "error_rate", lambda model, images, *a, **k: seen.append(len(images)) or error_rate(model, images, *a, **k))
     ns.noisy_student(config_of("--steps", 2, "--test", 17, "--out", tmp_path / "run"))
-    assert seen.count(17) == 3 and seen.count(20) == 3 + 1  # dev: once per generation, and the teacher before it labels
+    assert seen.count(17) == 3 and seen.count(20) == 3
 
 
 def test_the_control_is_the_last_students_run_without_the_unlabelled_part(tmp_path, monkeypatch):

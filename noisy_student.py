@@ -887,32 +887,44 @@ def read_mat(path):
             end = start + n
             expect(end <= len(raw), f"an element of {n} bytes where {len(raw) - start} are left")
             yield kind, raw[start:end]
-            at = end if kind == 15 else end + (at - end) % 8  # all but compressed elements are padded
-    def inflate(data, size):  # piece by piece into one array: zlib.decompress would hold the largest ones twice
-        array, at, decoder = np.empty(size, np.uint8), 0, zlib.decompressobj()
-        for k in range(0, len(data), 1 << 16):
-            piece = np.frombuffer(decoder.decompress(data[k:k + (1 << 16)]), np.uint8)
+            at = end + (at - end) % 8  # padded
+    def inflate(file, n):  # the next n bytes, piece by piece into one array: SVHN's extra set is 1.6 GB
+        array, at, size, left, decoder = np.empty(0, np.uint8), 0, 0, n, zlib.decompressobj()
+        while left > 0:
+            packed = file.read(min(left, 1 << 16))
+            left, piece = left - len(packed), np.frombuffer(decoder.decompress(packed), np.uint8)
+            if at == 0:  # the element's first 8 bytes say how large it is
+                size = 8 + int.from_bytes(piece[4:8].tobytes(), "little")
+                expect(packed and size <= 1040 * n, f"{n} compressed bytes cannot make {size}")
+                array = np.empty(size, np.uint8)
             array[at:at + len(piece)] = piece  # a ValueError if they are too many
             at += len(piece)
         expect(decoder.eof and at == size, "it is incomplete")
         return array
+    def matrices(file):  # each variable, decompressed
+        end = os.fstat(file.fileno()).st_size
+        while file.tell() < end:
+            kind, n = np.frombuffer(file.read(8), "<u4").tolist()
+            expect(file.tell() + n <= end, f"an element of {n} bytes where {end - file.tell()} are left")
+            if kind == 15:
+                yield from elements(inflate(file, n))
+            else:
+                yield kind, np.fromfile(file, np.uint8, n)
     try:
-        arrays, file = {}, np.memmap(path, mode="c")
-        expect(file[124:128].tobytes() == b"\0\1IM", "its header is another; version 7.3 is not supported")
-        for kind, data in elements(file[128:]):
-            if kind == 15:  # a compressed element; its first 8 bytes say how large it is
-                size = 8 + int.from_bytes(zlib.decompressobj().decompress(data[:1024], 8)[4:], "little")
-                expect(size <= 1040 * len(data), f"{len(data)} compressed bytes cannot make {size}")
-                (kind, data), = elements(inflate(data, size))
-            expect(kind == 14, f"an element of type {kind}, not a matrix")
-            (_, flags), *parts = elements(data)
-            meant = MAT_CLASSES.get(flags[0])  # MATLAB stores whole doubles as smaller types
-            if meant and not flags[1] & 8:  # not text, cells, ..., nor complex
-                (_, shape), (_, name), (kind, values) = parts
-                shape, name, stored = shape.view("<i4").tolist(), name.tobytes().decode("latin1"), MAT_TYPES.get(kind)
-                expect(stored and min(shape) >= 0 and math.prod(shape) * int(stored[1]) == len(values),
-                       f"variable {name!r} of shape {shape} has {len(values)} bytes of type {kind}")
-                arrays[name] = values.view("<" + stored).reshape(shape, order="F").astype(meant, copy=False)
+        arrays = {}
+        with open(path, "rb") as file:
+            expect(file.read(128)[124:] == b"\0\1IM", "its header is another; version 7.3 is not supported")
+            for kind, data in matrices(file):
+                expect(kind == 14, f"an element of type {kind}, not a matrix")
+                (_, flags), *parts = elements(data)
+                meant = MAT_CLASSES.get(flags[0])  # MATLAB stores whole doubles as smaller types
+                if meant and not flags[1] & 8:  # not text, cells, ..., nor complex
+                    (_, shape), (_, name), (kind, values) = parts
+                    shape, name = shape.view("<i4").tolist(), name.tobytes().decode("latin1")
+                    stored = MAT_TYPES.get(kind)
+                    expect(stored and min(shape) >= 0 and math.prod(shape) * int(stored[1]) == len(values),
+                           f"variable {name!r} of shape {shape} has {len(values)} bytes of type {kind}")
+                    arrays[name] = values.view("<" + stored).reshape(shape, order="F").astype(meant, copy=False)
         return arrays
     except (UserError, OSError, ValueError, IndexError, MemoryError, zlib.error) as error:
         raise UserError(f"{path}: not a whole MATLAB 5 file ({error}); delete it and fetch it again") from None

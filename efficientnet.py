@@ -61,7 +61,7 @@ def round_repeats(repeats, depth):              # rounded up (official code)
 def block_places(name):                         # (stage, repeat) of every block of a network, in order
     return [(s, r) for s, stage in enumerate(STAGES) for r in range(round_repeats(stage.repeats, FAMILY[name].depth))]
 
-# ---- Noise -------------------------------------------------------------- -------- (Noisy Student [v4]; Huang et al. 2016)
+# ---- Noise --------------------------------------------------------------- (Noisy Student [v4]; Huang et al. 2016)
 SHARD = (0, 1)      # (rank, world): ranks, seeded alike, draw the global batch's noise and take their rows of it
 def keep_randomly(x, shape, keep, training, noised=None):
     """x (N, ...) times noise of this shape (N, ...): 1/keep with probability keep, else 0. Identity unless training.

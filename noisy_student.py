@@ -32,6 +32,7 @@ import signal
 import sys
 import tarfile
 import time
+import timeit
 import types
 import typing
 import urllib.request
@@ -248,7 +249,8 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
     frozen = [module.requires_grad_(False) for module in [model.stem, *model.blocks][:frozen]]
     ema = EMA(model, config.ema)
     optimizer = RMSpropTF(parameter_groups(model, config.weight_decay), base_lr)
-    first = run.restore(model, ema, optimizer) if run else 0
+    parts = {"model": model, "ema": ema.model, "optimizer": optimizer}
+    first = ema.updates = run.restore(parts) if run else 0
     model.train()
     for module in frozen:
         module.eval()
@@ -306,7 +308,7 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
                                 f" rate {lr:.2g}): expected a finite number; lower --learning-rate (checkpoint kept)")
             if run:
                 count = step + 1 - seen
-                run.report(step + 1, steps, lr, sum_l / count, sum_u / count, model, ema, optimizer)
+                run.report(step + 1, steps, lr, sum_l / count, sum_u / count, parts)
             tally.zero_()
             seen = step + 1
     return ema.model
@@ -1078,17 +1080,17 @@ SAVE_EVERY, REPORT_EVERY = 60.0, 1.0  # seconds; the first is what a killed run 
 
 class Run:
     """One output folder: checkpoint.pt, NAME.pt for each finished generation, results.json, log.jsonl; and the progress
-    line. Of a distributed run only rank 0 writes and prints. A generation goes through
-    start() -> restore() -> due(), report() ... -> finish(); `pseudo` is what it learns from, set after start()."""
+    line. Of a distributed run only rank 0 writes and prints. Every generation goes through
+    start() -> restore() -> due(), report() ... -> finish(), and a student's pseudo labels are in `pseudo`."""
     def __init__(self, config, data):
         self.config, self.data, self.folder, self.main = config, data, Path(config.out), world_of()[0] == 0
         self.log, self.stopping = self.folder / "log.jsonl", False
         if config.resume:
             self.state = load_checkpoint(self.folder, identity(config))
         else:
-            expect(not self.main or is_free(self.folder), f"{self.folder} is not empty: expected a new output folder; "
-                   "add --resume to go on with the run in it, or choose another --out")
             self.state = {"name": None, "generations": [], "log_bytes": 0}
+            free = not self.main or is_free(self.folder)
+            expect(free, f"{self.folder} is not empty: add --resume to go on with its run, or choose another --out")
         self.records, pseudo = self.state["generations"], self.state.get("pseudo")
         self.pseudo = Pseudo(*pseudo) if pseudo else None
         if self.main:
@@ -1096,14 +1098,6 @@ class Run:
             with open(self.log, "ab") as log:
                 log.truncate(self.state["log_bytes"])  # the steps after the checkpoint will be done again
             self.save(self.state)  # an --out that cannot be written is found now, not in an hour
-        with contextlib.suppress(ValueError):  # in a thread there are no signals
-            for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 saves; the others wait for it to end them
-                signal.signal(number, self.stop if self.main else signal.SIG_IGN)
-
-    def stop(self, number, _):
-        signal.signal(number, signal.default_int_handler)  # the second one is a KeyboardInterrupt
-        self.stopping = True
-        print("\nstopping after this step (again: at once) ...", file=sys.stderr, flush=True)
 
     def start(self, name):
         """The saved network, if an earlier, interrupted run finished this generation, or None."""
@@ -1111,46 +1105,46 @@ class Run:
         if any(r["name"] == name for r in self.records):
             return load_model(self.path, self.data, self.config)[0]
 
-    def restore(self, model, ema, optimizer):
-        """Start the clock, and put the state of an interrupted generation back -> the step to go on from."""
+    def restore(self, parts):
+        """Put the state of an interrupted generation back into the parts (network, ...) -> the step to go on from."""
         state, self.state = self.state, {}
         self.images = self.shown = state.get("images", 0)  # since the start of the generation; at the last report
         self.seen = self.saved = time.monotonic()  # the last report and checkpoint
         self.started = self.seen - state.get("seconds", 0)
-        if "model" in state:
-            model.load_state_dict(state["model"])
-            ema.model.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            ema.updates = state["updates"]
+        for name in parts.keys() & state.keys():
+            parts[name].load_state_dict(state[name])
+        on_signal(self.stop if self.main else signal.SIG_IGN)  # rank 0 saves; the others wait for it to end them
         return state.get("step", 0)
+
+    def stop(self, *_):
+        self.stopping = True
+        on_signal(signal.default_int_handler)
+        print("\nstopping after this step (again: at once) ...", file=sys.stderr, flush=True)
 
     def due(self):
         return self.stopping or time.monotonic() - self.seen >= REPORT_EVERY
 
-    def report(self, step, steps, lr, loss_labeled, loss_unlabeled, model, ema, optimizer):
+    def report(self, step, steps, lr, loss_labeled, loss_unlabeled, parts):
         """Show and log the progress; save every minute, at the end and when asked to stop."""
-        now = time.monotonic()
+        now, loss_unlabeled = time.monotonic(), loss_unlabeled if self.pseudo else None
         seconds, rate = now - self.started, (self.images - self.shown) / max(now - self.seen, 1e-9)
         self.seen, self.shown = now, self.images
         if not self.main:
             return
         saving = step == steps or self.stopping or now - self.saved >= SAVE_EVERY
-        unlabeled = f"U {loss_unlabeled:.3f}" if self.pseudo else " " * 7
-        line = (f"{self.name:<12} {model.name:<6} step {step:>6}/{steps}  L {loss_labeled:.3f}  {unlabeled}  "
-                f"{rate:6.0f} img/s  {clock(seconds / step * (steps - step))} left")
-        if sys.stdout.isatty():
-            print(f"\r{line}\033[K", end="\n" if step == steps else "", flush=True)  # \033[K clears the rest of a line
-        elif saving:
-            print(line, flush=True)
-        entry = dict(generation=self.name, step=step, learning_rate=lr, seconds=round(seconds, 2),
-                     images_per_second=round(rate), loss_labeled=loss_labeled,
-                     loss_unlabeled=loss_unlabeled if self.pseudo else None)
+        losses = f"L {loss_labeled:.3f}  " + (f"U {loss_unlabeled:.3f}" if self.pseudo else " " * 7)
+        line = (f"{self.name:<12} {parts['model'].name:<6} step {step:>6}/{steps}  {losses}  {rate:6.0f} img/s  "
+                f"{clock(seconds / step * (steps - step))} left")
+        if sys.stdout.isatty() or saving:  # on a terminal each line overwrites the one before
+            print(line, end="\033[K\r" if sys.stdout.isatty() and step < steps else "\n", flush=True)
         with open(self.log, "a") as log:
-            log.write(json.dumps(entry) + "\n")
+            log.write(json.dumps(dict(generation=self.name, step=step, learning_rate=lr, seconds=round(seconds, 2),
+                                      images_per_second=round(rate), loss_labeled=loss_labeled,
+                                      loss_unlabeled=loss_unlabeled)) + "\n")
         if saving:
-            self.save(dict(name=self.name, step=step, model=model.state_dict(), ema=ema.model.state_dict(),
-                           updates=ema.updates, optimizer=optimizer.state_dict(), images=self.images, seconds=seconds,
-                           pseudo=tuple(self.pseudo) if self.pseudo else None))
+            self.save({name: part.state_dict() for name, part in parts.items()} | dict(
+                name=self.name, step=step, images=self.images, seconds=seconds,
+                pseudo=tuple(self.pseudo) if self.pseudo else None))
         if self.stopping:
             raise KeyboardInterrupt(f"stopped at step {step} of {self.name}, nothing is lost; go on with: "
                                     f"python noisy_student.py --resume --out {self.folder}")
@@ -1162,6 +1156,7 @@ class Run:
 
     def finish(self, model, size=None):
         """Evaluate a trained generation, save its network and add its line to the results."""
+        on_signal(signal.default_int_handler)  # between generations there is nothing to save
         data, config, pseudo, seconds = self.data, self.config, self.pseudo, time.monotonic() - self.started
         self.records.append({
             "name": self.name, "model": model.name, "params": sum(w.numel() for w in model.parameters()),
@@ -1179,17 +1174,22 @@ class Run:
 
     def results(self, show=False):
         """Write results.json, the robustness relative to the control included; show: and the tables -> its content."""
-        results = {"config": asdict(self.config), "generations": self.records}
+        results, path = {"config": asdict(self.config), "generations": self.records}, self.folder / "results.json"
         reports = {r["name"]: r["robustness"] for r in self.records if r["robustness"]}
         tables = [results_table(self.records)] + ([robustness_table(reports)] if reports else [])
         if self.main:
-            text, path = json.dumps(results, indent=1) + "\n", self.folder / "results.json"
-            replace_file(path, lambda file: file.write(text.encode()))
-            if show:
-                print("\n" + "\n\n".join([*tables, f"wrote {path}"]))
-                if self.config.plot:
-                    plot(self.config, self.data, self.records)
+            replace_file(path, lambda file: file.write(json.dumps(results, indent=1).encode() + b"\n"))
+        if self.main and show:
+            print("\n" + "\n\n".join([*tables, f"wrote {path}"]))
+            if self.config.plot:
+                plot(self.config, self.data, self.records)
         return results
+
+def on_signal(handler):
+    """What Ctrl-C and SIGTERM do from now on."""
+    with contextlib.suppress(ValueError):  # only the main thread may say
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
 
 def is_free(folder):
     """Whether a run may write here: there is at most what a run leaves that was killed before its first checkpoint."""
@@ -1201,8 +1201,7 @@ def identity(config):
     return {name: value for name, value in asdict(config).items() if name not in skip}
 
 def replace_file(path, write):
-    """Call write(file) on a temporary file, flush it to the disk and rename it: whatever happens, the old file or the
-    new one is there, whole."""
+    """Call write(file) on a temporary file, flush it to the disk and rename it: `path` is the old or the new file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1212,11 +1211,7 @@ def replace_file(path, write):
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({first_line(error)}); make room, or choose another --out (the files "
-                        "already there are intact)") from None
-
-def first_line(error):
-    return str(error).partition("\n")[0][:120]
+        raise UserError(f"cannot write {path} ({error}); make room or choose another --out") from None
 
 def save_file(path, kind, content):
     replace_file(path, lambda file: torch.save(content | {"kind": kind, "version": VERSION}, file))
@@ -1227,7 +1222,7 @@ def load_file(path, kind):
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = content["kind"], content["version"]
     except Exception as error:  # a damaged or foreign file can fail in any way
-        raise UserError(f"{path} is not a {kind} that a run of this program wrote ({first_line(error)})") from None
+        raise UserError(f"{path} is not a {kind} that this program wrote ({type(error).__name__})") from None
     expect(found == (kind, VERSION), f"{path}: found {found}, expected a {kind} of version {VERSION}")
     return content
 
@@ -1242,16 +1237,14 @@ def load_checkpoint(folder, wanted):
     return state
 
 def save_model(path, model, data, size=None):
-    save_file(path, "model", dict(network=model.name, num_classes=data.num_classes, mean=data.mean.cpu(),
-                                  std=data.std.cpu(), size=size, small_images=is_small(data),
-                                  weights=model.state_dict()))
+    save_file(path, "model", dict(network=model.name, num_classes=data.num_classes, mean=data.mean.cpu(), size=size,
+                                  std=data.std.cpu(), small_images=is_small(data), weights=model.state_dict()))
 
 def load_model(path, data, config):
     """(network in evaluation mode, all that save_model wrote); the noise, for further training, is config's."""
     info = load_file(path, "model")
-    expect((info["num_classes"], info["small_images"]) == (data.num_classes, is_small(data)),
-           f"{path} is for {info['num_classes']} classes, {config.dataset} has {data.num_classes} (or images of another"
-           " size): give the --dataset it was trained on")
+    expect((info["num_classes"], info["small_images"]) == (data.num_classes, is_small(data)), f"{path} is for "
+           f"{info['num_classes']} classes or another size of images: give the --dataset it was trained on")
     model = build(info["network"], data, config)
     model.load_state_dict(info["weights"])
     return model.eval().requires_grad_(False), info
@@ -1260,14 +1253,13 @@ def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 def results_table(records):
-    """A line for each generation: the first column left-aligned, the others right-aligned."""
     rows = ["generation,network,parameters,kept,balanced,dev error,test error,images seen,time".split(",")]
     for r in records:
         kept, balanced = (f"{r[k]:,}" if r[k] else "-" for k in ("kept", "balanced"))
         rows.append([r["name"], r["model"], f"{r['params']:,}", kept, balanced, f"{r['dev_error']:.2%}",
                      f"{r['test_error']:.2%}", f"{r['images_seen']:,}", clock(r["seconds"])])
-    first, *others = ([cell.rjust(max(map(len, column))) for cell in column] for column in zip(*rows))
-    return "\n".join("  ".join([cell.strip().ljust(len(cell)), *line]) for cell, *line in zip(first, *others))
+    first, *widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([name.ljust(first), *map(str.rjust, others, widths)]) for name, *others in rows)
 
 def plot(config, data, records):
     """OUT/noisy_student.png: error by generation, training curves, robustness, what teacher and student see."""
@@ -1277,35 +1269,35 @@ def plot(config, data, records):
         raise UserError("--plot needs matplotlib: pip install it, and --resume --plot draws the finished run") from None
     folder, figure, width = Path(config.out), Figure(figsize=(14, 7), layout="constrained"), 0.8 / len(records)
     panels = figure.subplot_mosaic([["error", "loss", "robustness"], ["images"] * 3], height_ratios=(3, 2))
+    error, loss, robustness, strip = panels.values()
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for k, r in enumerate(records):
         color, report = f"C{k - 1}" if k else "grey", r["robustness"]  # grey: the control
-        bar = panels["error"].bar(f"{r['name']}\n{r['model']}", 100 * r["test_error"], color=color)
-        panels["error"].bar_label(bar, fmt="%.1f")
-        for loss, style in ("loss_labeled", ".-"), ("loss_unlabeled", ".:"):
-            points = [(e["step"], e[loss]) for e in entries if e["generation"] == r["name"] and e[loss] is not None]
-            panels["loss"].plot(*np.reshape(points, (-1, 2)).T, style, color=color, markersize=3)
+        bar = error.bar("\nat ".join(r["name"].split(" at ")) + f"\n{r['model']}", 100 * r["test_error"], color=color)
+        error.bar_label(bar, fmt="%.1f")
+        for key, style in ("loss_labeled", "-"), ("loss_unlabeled", ":"):
+            points = [(e["step"], e[key]) for e in entries if e["generation"] == r["name"] and e[key] is not None]
+            loss.plot(*np.reshape(points, (-1, 2)).T, style, color=color, marker=".", markersize=3)
         if report:
-            errors = {"clean": report["clean_error"], "corrupted": np.mean([*report["corruption_errors"].values()]),
-                      **{f"FGSM\n{epsilon}": e for epsilon, e in report["fgsm"].items()}, "PGD": report["pgd"]["error"]}
-            at = np.arange(len(errors))
-            panels["robustness"].bar(at + k * width, 100 * np.array([*errors.values()]), width, color=color,
-                                     label=f"{r['name']}: mCE {report['mce'] or math.nan:.0f}")
-            panels["robustness"].set_xticks(at + 0.4 - width / 2, errors)
-            panels["robustness"].legend()
+            bars = {"clean": report["clean_error"], "corrupted": np.mean([*report["corruption_errors"].values()]),
+                    **{f"FGSM\n{e}": share for e, share in report["fgsm"].items()}, "PGD": report["pgd"]["error"]}
+            robustness.bar(np.arange(len(bars)) + k * width, 100 * np.array([*bars.values()]), width, color=color,
+                           label=f"{r['name']}: mCE {report['mce'] or math.nan:.0f}")
+            robustness.set_xticks(np.arange(len(bars)) + 0.4 - width / 2, bars, fontsize="small")
+            robustness.legend(ncols=2, loc="upper center", fontsize="small")
     images = gather(data.unlabeled_images, torch.arange(min(12, len(data.unlabeled_images))), data.labels.device)
     with torch.no_grad():
         p = load_model(folder / "teacher.pt", data, config)[0](normalise(images, data)).softmax(1)
     noised = add_noise(images, config, data.flip) if config.unlabeled_augment else images
-    strip = F.pad(torch.cat([images, noised], 2), (1, 1), value=255)  # (N,3,2H,W+2)
-    panels["images"].imshow(strip.permute(2, 0, 3, 1).flatten(1, 2).cpu())  # (2H,N(W+2),3)
-    panels["images"].set_xticks([strip.shape[3] * (k + 0.5) for k in range(len(images))],
-                                [f"{int(q.argmax())}: {q.max():.2f}" for q in p])
-    panels["images"].set_yticks([strip.shape[2] / 4, strip.shape[2] * 3 / 4], ["teacher sees", "student sees"])
-    for panel, title in dict(error="test error, %", loss="training loss over the steps; dotted: of unlabelled images",
-                             robustness="error under corruptions and attacks, %",
-                             images="unlabelled images; the teacher's label and its confidence").items():
-        panels[panel].set_title(title)
+    pairs = torch.cat([F.pad(part, (1, 1, 1, 1), value=255) for part in (images, noised)], 2)  # (N,3,2H+4,W+2)
+    strip.imshow(pairs.permute(2, 0, 3, 1).flatten(1, 2).cpu())
+    height, width = pairs.shape[2:]
+    strip.set_xticks(width * (np.arange(len(p)) + 0.5), [f"{int(q.argmax())}: {q.max():.2f}" for q in p])
+    strip.set_yticks([height / 4, height * 3 / 4], ["teacher sees", "student sees"])
+    strip.set_title("unlabelled images; below them the teacher's label and its confidence")
+    error.set_title("test error, %")
+    loss.set(title="training loss (dotted: unlabelled images)", xlabel="step")
+    robustness.set(title="error under corruptions and attacks, %", ylim=(0, 130), yticks=range(0, 101, 20))
     figure.savefig(folder / "noisy_student.png", dpi=100)
 
 
@@ -1317,12 +1309,10 @@ def world_of():
 def load_data_once(config):
     """load_data; in a distributed run rank 0 goes first, so that only one process downloads."""
     rank, world = world_of()
-    if rank > 0:
+    data = load_data(config) if rank == 0 else None
+    if world > 1:
         dist.barrier()
-    data = load_data(config)
-    if rank == 0 and world > 1:
-        dist.barrier()
-    return data
+    return data or load_data(config)
 
 def setup(config):
     """Choose the device, and join the other processes under torchrun -> torch.device."""
@@ -1332,8 +1322,7 @@ def setup(config):
         expect(device.type in ("cpu", "cuda"), "it was never tried")
         torch.empty(1, device=device)
     except (UserError, RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {config.device} cannot be used ({first_line(error)}): expected auto, cpu, or a "
-                        "GPU of this machine") from None
+        raise UserError(f"--device {config.device}: expected auto, cpu, or a GPU of this machine ({error})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -1348,18 +1337,10 @@ def trial(device):
     data = load_data(Config(labels=80, unlabeled=1000, dev=10, test=10)).to(device, math.inf)
     return data, Pseudo(torch.arange(1000), torch.full((1000, 10), 0.1), 1000)
 
-def timed(function, calls=5):
-    """Seconds per call, after one to warm up."""
-    function()
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return (time.perf_counter() - start) / calls
-
 def step_seconds(network, data, pseudo, config, steps=11):
     """Seconds per step of train() itself, after one to warm up."""
     times = []
-    watch = types.SimpleNamespace(images=0, restore=lambda *_: 0, due=lambda: not times,  # in the place of a Run
+    watch = types.SimpleNamespace(images=0, restore=lambda _: 0, due=lambda: not times,  # in the place of a Run
                                   report=lambda *_: times.append(time.perf_counter()))
     train(build(network, data, config), data, config, pseudo, steps=steps, run=watch)
     return (times[1] - times[0]) / (steps - 1)
@@ -1368,16 +1349,14 @@ def benchmark(config):
     """Print images/s of augmentation, labelling and a student step, and the peak memory, on 32x32 images."""
     device, batch = setup(config), config.batch * (1 + config.ratio)
     data, pseudo = trial(device)
-    images = data.unlabeled_images
-    augment = timed(lambda: add_noise(images, config, data.flip).amax().item())  # item() waits for a GPU
+    def rate(function):  # of five trials the best; each ends on the CPU, and so has waited for the GPU
+        return f"{len(data.unlabeled_images) / min(timeit.repeat(lambda: function().cpu(), number=1)):,.0f} images/s"
     print(f"{device}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads, 32x32 images\n"
-          f"augmentation {len(images) / augment:,.0f} images/s")
+          f"augmentation {rate(lambda: add_noise(data.unlabeled_images, config, data.flip))}")
     for network in dict.fromkeys(config.models):
-        model = build(network, data, config).eval()
-        label = timed(lambda: pseudo_label(model, images, data, config))
-        step = step_seconds(network, data, pseudo, config)
-        print(f"{network}: labelling {len(images) / label:,.0f} images/s, student step {batch / step:,.0f} images/s "
-              f"({1000 * step:,.1f} ms for {config.batch} labelled and {batch - config.batch} unlabelled ones)")
+        model, step = build(network, data, config).eval(), step_seconds(network, data, pseudo, config)
+        print(f"{network}: labelling {rate(lambda: pseudo_label(model, data.unlabeled_images, data, config))}, "
+              f"student step {batch / step:,.0f} images/s ({1000 * step:,.1f} ms for {batch} images)")
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -1414,19 +1393,16 @@ def evaluate(config):
         print(robustness_table(reports, reference=next(iter(reports))))
 
 def recipe_of(preset, dataset):
-    recipes = PRESETS[preset]
-    expect(dataset in recipes or "folder" in recipes,
-           f"--preset {preset} has no recipe for {dataset!r}: expected --dataset {' or '.join(recipes)}")
-    return recipes.get(dataset) or recipes.get("folder")
-
-def optional(kind):
-    """An argparse type that also takes none and all, which mean None."""
-    def number(text):
-        return None if text in ("none", "all") else kind(text)
-    return number
+    recipe = PRESETS[preset].get(dataset, PRESETS[preset].get("folder"))
+    expect(recipe is not None, f"--preset {preset} has no recipe for {dataset!r}, only {', '.join(PRESETS[preset])}")
+    return recipe
 
 def parse_args(argv=None):
     """Command line -> Config. Its fields are the flags; the preset of the data set fills in what no flag gives."""
+    def optional(kind):  # none and all mean None
+        def number(text):
+            return None if text in ("none", "all") else kind(text)
+        return number
     parser = argparse.ArgumentParser("noisy_student.py", argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = lambda message: expect(False, f"{message}; see --help")
     several = {"models": dict(nargs="+"), "interval": dict(nargs=2, type=float)}
@@ -1449,11 +1425,10 @@ def out_of_memory(config):
     small = replace(config, batch=max(1, config.batch // 8), compile=False)
     fits = small.batch
     with contextlib.suppress(torch.cuda.OutOfMemoryError):
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        free = torch.cuda.mem_get_info()[0]
         step_seconds(config.models[-1], *trial(torch.device("cuda")), small)
-        fits = int(0.9 * free / torch.cuda.max_memory_allocated() * small.batch)
+        ours = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        fits = int(0.9 * ours / torch.cuda.max_memory_allocated() * small.batch)
     return (f"error: the GPU is out of memory with --batch {config.batch} --ratio {config.ratio}: about --batch "
             f"{max(1, min(fits, config.batch // 2))} would fit; choose that, a lower --ratio, or smaller --models")
 
@@ -1465,7 +1440,7 @@ def main(argv=None):
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library than glibc
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD: keep freed memory, for
             ctypes.CDLL(None).mallopt(option, value)      # faulting it in again costs 5-25% of a CPU step
-    handlers, status = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, 2
+    status = 2
     try:
         config = parse_args(argv)
         actions = {evaluate: config.evaluate, dry_run: config.dry_run, benchmark: config.benchmark, noisy_student: True}
@@ -1476,21 +1451,17 @@ def main(argv=None):
     except torch.cuda.OutOfMemoryError:
         message = None  # for below, where the network that did not fit is gone
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            message = "error: out of memory; lower --batch, --ratio or --unlabeled"
-        elif world_of()[0] > 0:
-            message = "error: another process stopped"
-        else:
+        full = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not full and world_of()[0] == 0:
             raise
+        message = "error: " + ("out of memory; lower --batch or --unlabeled" if full else "another process stopped")
     except KeyboardInterrupt as stop:
         message, status = str(stop) or "interrupted; add --resume to go on", 130
     finally:
-        with contextlib.suppress(ValueError):  # in a thread
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        on_signal(signal.default_int_handler)
         if world_of()[1] > 1:
             dist.destroy_process_group()
-    print(f"noisy_student.py: {message or out_of_memory(config)}", file=sys.stderr)
+    print(f"noisy_student.py: {message or out_of_memory(config)}".partition("\n")[0], file=sys.stderr)
     return status
 
 if __name__ == "__main__":

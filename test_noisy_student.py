@@ -325,6 +325,10 @@ def test_every_flag_that_is_on_can_be_switched_off():
             assert getattr(ns.parse_args([f"--no-{f.name.replace('_', '-')}"]), f.name) is False
 
 
+def test_without_flags_the_defaults_of_config_run():
+    assert dataclasses.asdict(ns.parse_args(["--out", "nowhere"])) == dataclasses.asdict(ns.Config(out="nowhere", robustness=True))
+
+
 def test_paper_preset_is_the_official_svhn_run():
     c = ns.parse_args(["--preset", "paper", "--dataset", "svhn"])
     assert c.models == ("b0", "b0") and (c.batch, c.ratio, c.steps, c.dev) == (128, 5, 109_474, 4000)
@@ -508,7 +512,7 @@ def test_steps_sets_every_generation():
 @pytest.mark.parametrize("flag", ["--benchmark", "--dry-run"])
 def test_benchmark_and_dry_run_leave_no_files(flag, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ns, "timed", lambda function, *_: (function(), 0.25)[1])  # the real calls, once each
+    monkeypatch.setattr(ns.timeit, "repeat", lambda function, **_: [(function(), 0.25)[1]])  # the real calls, once each
     assert ns.main([*SMALL, flag]) == 0
     out = capsys.readouterr().out
     assert "nano" in out and not list(tmp_path.iterdir())
@@ -552,8 +556,8 @@ def test_out_of_memory_suggests_a_batch_that_fits(capsys, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(ns, "noisy_student", too_much)
     monkeypatch.setattr(ns, "trial", lambda device: trial(torch.device("cpu")))
-    for name, value in dict(empty_cache=None, reset_peak_memory_stats=None, max_memory_allocated=400 << 20,
-                            mem_get_info=(1 << 30, 1 << 30)).items():
+    for name, value in dict(reset_peak_memory_stats=None, max_memory_allocated=400 << 20, memory_reserved=1 << 29,
+                            mem_get_info=(1 << 29, 1 << 30)).items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     assert ns.main([*SMALL, "--batch", "32"]) == 2  # the trial runs 32 / 8 = 4 of them
     assert "--batch 32" in (line := capsys.readouterr().err) and "about --batch 9 would fit" in line

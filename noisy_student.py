@@ -10,10 +10,8 @@ The noise is RandAugment (randaugment.py) on the images, dropout and stochastic 
 Shapes: N or B images in a batch, U unlabelled images in a batch, M unlabelled images in all, C channels, H, W pixels,
 K classes. Images are uint8 (N,3,H,W) tensors that live on the device; a batch is `images[rows]`.
 
-Rooms: configuration - Algorithm 1 - training - pseudo labels - fix-resolution fine-tune - robustness - data -
-checkpoints - machine and command line. Sources: [v4] the final paper, [v1] and [v2] earlier versions of it on arXiv,
-[code] the official code, google-research/noisystudent. The README maps the paper's sections and tables to functions.
-Deviations from the paper are marked `ours:` where they happen and are listed in the README.
+Sources: [v4] the final paper, [v1] and [v2] earlier versions of it on arXiv, [code] the official code,
+google-research/noisystudent; `ours:` marks a deviation. The README maps the paper's tables to functions.
 """
 import argparse
 import contextlib
@@ -154,8 +152,6 @@ PRESETS = {  # what differs from the defaults. ours: demo, chosen on dev
 
 def complete(config):
     """A copy of config with its open choices made. UserError for a value outside its range or a chain that shrinks."""
-    def need(holds, name, expected):
-        expect(holds, f"--{name.replace('_', '-')} is {getattr(config, name)}: expected {expected}")
     for names, low, high, expected in (
             (("batch", "steps", "teacher_steps", "ratio", "dev", "test"), 1, math.inf, "at least 1"),
             (("labels", "unlabeled", "per_class", "fix_resolution", "robustness_images"), 1, math.inf, "at least 1"),
@@ -166,27 +162,26 @@ def complete(config):
             (("survival", "unlabeled_fraction", "bn_momentum"), 1e-30, 1.0000001, "a number in (0, 1]")):
         for name in names:
             value = getattr(config, name)
-            need(value is None or low <= value < high, name, expected)
+            expect(value is None or low <= value < high, f"--{name.replace('_', '-')} is {value}: expected {expected}")
     low, high = config.interval or (0, 1)
-    need(0 <= low < high <= 1, "interval", "0 <= LOW < HIGH <= 1")
-    need(len(config.models) >= 2, "models", "a teacher and at least one student")
-    need(not config.warm_start or len(set(config.models)) == 1, "models", "equal networks for --warm-start")
-    for name in config.models:
+    expect(0 <= low < high <= 1, f"--interval is {low} {high}: expected 0 <= LOW < HIGH <= 1")
+    names, out, robustness = config.models, config.out, config.robustness
+    expect(len(names) >= 2, f"--models is {' '.join(names)}: expected a teacher and at least one student")
+    expect(not config.warm_start or len({*names}) == 1, f"--models is {' '.join(names)}: --warm-start expects equal ones")
+    for name in names:
         expect(name in FAMILY, f"unknown network {name!r} in --models: expected some of {', '.join(FAMILY)}")
     with torch.device("meta"):
-        sizes = [sum(w.numel() for w in EfficientNet(name, 10).parameters()) for name in config.models]
-    for k, (teacher, student) in enumerate(zip(config.models, config.models[1:])):
-        expect(sizes[k + 1] >= sizes[k] or config.allow_smaller,
-               f"student {student} ({sizes[k + 1]:,} parameters) is smaller than its teacher {teacher} ({sizes[k]:,}): "
-               "expected an equal or larger one; reorder --models or add --allow-smaller")
-    robustness, out = config.robustness, config.out
+        sizes = [sum(w.numel() for w in EfficientNet(name, 10).parameters()) for name in names]
+    for teacher, student, before, after in zip(names, names[1:], sizes, sizes[1:]):
+        expect(after >= before or config.allow_smaller,
+               f"student {student} ({after:,} parameters) is smaller than its teacher {teacher} ({before:,}): expected "
+               "an equal or larger one; reorder --models or add --allow-smaller")
     if robustness is None:  # where it costs less than a fifth of the run
         robustness = config.dataset in ("digits", "cifar10") and config.steps >= 500
-    folder = "runs/" + (Path(config.dataset).name or "folder")
-    while out is None:  # the first free one of runs/digits, runs/digits-2, ...
-        out = folder if is_free(Path(folder)) else None
-        stem, _, number = folder.rpartition("-")
-        folder = f"{stem}-{int(number) + 1}" if number.isdigit() and stem else folder + "-2"
+    if out is None:
+        stem = "runs/" + (Path(config.dataset).name or "folder")
+        paths = itertools.chain([stem], (f"{stem}-{k}" for k in itertools.count(2)))
+        out = next(path for path in paths if is_free(Path(path)))
     return replace(config, robustness=robustness, out=out)
 
 
@@ -444,11 +439,11 @@ class Pseudo(typing.NamedTuple):
     kept: int
 
 @torch.no_grad()
-def pseudo_label(teacher, images, data, config, *, batch=1000, key=""):
+def pseudo_label(teacher, images, data, config, *, size=None, batch=1000, key=""):
     """Class probabilities float32 (M,K), on the CPU, of uint8 images (M,3,H,W): the softmax of the teacher's logits.
 
-    Images are clean, dropout and stochastic depth off, batch-norm in evaluation mode; --noisy-teacher (table 6) turns
-    the noise on, but not batch-norm. The teacher comes back as it was. Distributed ranks label a share each."""
+    Images are clean (at `size` pixels if given), dropout and stochastic depth off, batch-norm in evaluation mode;
+    --noisy-teacher (table 6) turns the noise on, but not batch-norm. The teacher comes back as it was."""
     rank, world = world_of()
     device = next(teacher.parameters()).device
     if config.noisy_teacher:
@@ -458,7 +453,8 @@ def pseudo_label(teacher, images, data, config, *, batch=1000, key=""):
                 module.eval()
     else:
         model = fold_batchnorm(teacher)
-    probabilities, batch = torch.zeros(len(images), data.num_classes, device=device), at_once(images, None, batch)
+    batch = max(1, batch * 1024 // (size ** 2 if size else images.shape[2] * images.shape[3]))  # 1000 of 32x32 pixels
+    probabilities = torch.zeros(len(images), data.num_classes, device=device)
     shard, efficientnet.SHARD = efficientnet.SHARD, (0, 1)  # a rank labels whole batches, with all of their noise
     for start in range(rank * batch, len(images), world * batch):
         x = gather(images, torch.arange(start, min(start + batch, len(images))), device)
@@ -466,11 +462,16 @@ def pseudo_label(teacher, images, data, config, *, batch=1000, key=""):
             torch.manual_seed(seed_of(config.seed, key, "noisy teacher", start))
             x = add_noise(x, config, data.flip)
         with precision(device, config):
-            probabilities[start:start + batch] = model(normalise(x, data)).float().softmax(1)
+            probabilities[start:start + batch] = model(normalise(x, data, size)).float().softmax(1)
     efficientnet.SHARD = shard
     if world > 1:
         dist.all_reduce(probabilities)
     return probabilities.cpu()
+
+def error_rate(model, images, labels, data, config, size=None):
+    """Share of wrong predictions of a network in evaluation mode on clean images, at `size` pixels if given."""
+    predictions = pseudo_label(model, images, data, replace(config, noisy_teacher=False), size=size).argmax(1)
+    return (predictions != labels.cpu()).double().mean().item()
 
 def filter_and_balance(probabilities, threshold, per_class, generator=None, *, balance=True, below=math.inf):
     """Rows to train on, int64 (M',), copies included, from pseudo-label probabilities (M,K) [v4].
@@ -499,49 +500,25 @@ def filter_and_balance(probabilities, threshold, per_class, generator=None, *, b
 
 def make_pseudo(teacher, data, config, key=""):
     """Label, filter and balance the unlabelled images, and turn probabilities into the student's targets -> Pseudo."""
-    dev = pseudo_label(teacher, data.dev_images, data, config, key=key)
-    warn_near_chance((dev.argmax(1) != data.dev_labels.cpu()).float().mean().item(), dev)
+    dev, K = pseudo_label(teacher, data.dev_images, data, config, key=key).argmax(1), data.num_classes
+    right = (dev == data.dev_labels.cpu()).double().mean().item()
+    if right < 1.5 / K:  # a teacher that has learned nothing makes a student that learns nothing: say so
+        warnings.warn(f"the teacher is near chance: {right:.1%} right on dev, guessing {1 / K:.1%}; dev images it "
+                      f"labelled per class: {dev.bincount(minlength=K).tolist()}; give it more --teacher-steps, "
+                      "--labels or --learning-rate")
     probabilities = pseudo_label(teacher, data.unlabeled_images, data, config, key=key)
-    low, high = config.interval or (config.threshold, math.inf)
-    high = math.inf if high >= 1 else high
+    confidence, (low, high) = probabilities.amax(1), config.interval or (config.threshold, 1)
+    high = math.inf if high == 1 else high
     generator = torch.Generator().manual_seed(seed_of(config.seed, key, "balance"))
-    kept = int(((probabilities.amax(1) >= low) & (probabilities.amax(1) < high)).sum())
     rows = filter_and_balance(probabilities, low, config.per_class, generator, balance=config.balance, below=high)
-    if not len(rows):
-        top = probabilities.amax(1)
-        raise UserError(f"no pseudo label has a confidence in [{low}, {min(high, 1)}]: found {top.min():.3f} to "
-                        f"{top.max():.3f}; lower --threshold, widen --interval or train the teacher for longer")
+    expect(len(rows), f"no pseudo label has a confidence in [{low}, {min(high, 1)}]: found {confidence.min():.3f} to "
+                      f"{confidence.max():.3f}; lower --threshold, widen --interval or train the teacher for longer")
+    targets = probabilities
     if config.hard:
-        targets = smoothed_one_hot(probabilities.argmax(1), data.num_classes, config.label_smoothing)
+        targets = smoothed_one_hot(probabilities.argmax(1), K, config.label_smoothing)
     elif config.temperature != 1:  # softmax(logits / T) is p^(1/T), renormalised
         targets = (probabilities.clamp_min(1e-30).log() / config.temperature).softmax(1)
-    else:
-        targets = probabilities
-    return Pseudo(rows, targets, kept)
-
-def warn_near_chance(dev_error, probabilities):
-    """A teacher that has learned nothing makes a student that learns nothing: say so before it labels anything."""
-    K = probabilities.shape[1]
-    if 1 - dev_error < 1.5 / K:
-        counts = probabilities.argmax(1).bincount(minlength=K).tolist()
-        warnings.warn(f"the teacher is near chance: {1 - dev_error:.1%} right on dev, guessing {1 / K:.1%}; dev images "
-                      f"it labelled per class: {counts}; give it more --teacher-steps, --labels or --learning-rate")
-
-def at_once(images, size, batch):
-    """`batch` 32x32 images, or as many larger ones as have the same number of pixels."""
-    return max(1, batch * 1024 // (size ** 2 if size else images.shape[2] * images.shape[3]))
-
-@torch.inference_mode()
-def error_rate(model, images, labels, data, config, size=None, batch=1000):
-    """Share of wrong predictions of a network in evaluation mode on clean images, at `size` pixels if given."""
-    device = next(model.parameters()).device
-    model, wrong = fold_batchnorm(model), torch.zeros((), dtype=torch.long, device=device)
-    batch = at_once(images, size, batch)
-    for start in range(0, len(images), batch):
-        x = gather(images, torch.arange(start, min(start + batch, len(images))), device)
-        with precision(device, config):
-            wrong += (model(normalise(x, data, size)).argmax(1) != labels[start:start + batch].to(device)).sum()
-    return wrong.item() / len(images)
+    return Pseudo(rows, targets, int(((confidence >= low) & (confidence < high)).sum()))
 
 
 # ---- Fix-resolution fine-tune ------------------------------------------------------------------------- ([v4]; [code])

@@ -247,11 +247,18 @@ def test_a_vanished_class_is_named_and_nothing_kept_is_an_error():
 
 
 def test_a_teacher_at_chance_warns():
-    with pytest.warns(UserWarning, match=r"near chance.*\[4, 0"):
-        ns.warn_near_chance(0.9, torch.eye(10)[:1].repeat(4, 1))
+    data = tagged_data()
+    teacher = ns.build("nano", data, config_of()).eval()
+    with torch.no_grad():  # it says 0 to everything
+        for w in list(teacher.parameters())[-2:]:
+            w.zero_()[:1] = 1.0 if w.dim() == 1 else 0.0
+    with pytest.warns(UserWarning, match=rf"near chance.*\[{len(data.dev_labels)}, 0"):
+        ns.make_pseudo(teacher, data, config_of(threshold=0.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ns.warn_near_chance(0.5, torch.eye(10))
+        warnings.filterwarnings("ignore", "no unlabelled image is left")
+        ns.make_pseudo(teacher, dataclasses.replace(data, dev_labels=torch.zeros_like(data.dev_labels)),
+                       config_of(threshold=0.0))
 
 
 # ---- The loop

@@ -238,9 +238,11 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
     Returns the moving average of the weights, a network in evaluation mode. UserError when the loss is not finite."""
     steps, device = steps or config.steps, next(model.parameters()).device
     rank, world = world_of()
-    B, U, n = config.batch, config.batch * config.ratio, len(data.labels)
+    B, U, n, joint = config.batch, config.batch * config.ratio, len(data.labels), config.joint
     targets = smoothed_one_hot(data.labels, data.num_classes, config.label_smoothing)                        # (n,K)
-    weight_l, weight_u = loss_weights(config.loss, config.ratio) if pseudo is not None else (1.0, 0.0)
+    if pseudo is None:
+        U, joint, pseudo = 0, True, Pseudo(torch.arange(0), torch.zeros(0, data.num_classes), 0)
+    weight_l, weight_u = loss_weights(config.loss, config.ratio) if U and joint else (1.0, 1.0)
     base_lr = base_lr or config.learning_rate * B / 256
     frozen = [module.requires_grad_(False) for module in [model.stem, *model.blocks][:frozen]]
     ema = EMA(model, config.ema)
@@ -261,32 +263,25 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # The batch: B labelled images, then U unlabelled ones, in one forward pass with joint batch-norm statistics.
-        pretrain = pseudo is not None and not config.joint and step < 0.8 * steps  # ours: the share
-        use_labeled, use_unlabeled = not pretrain, pseudo is not None and (config.joint or pretrain)
-        images, target = [], []
-        if use_labeled:
-            rows = batch_rows(n, B, step, config.seed, "labelled")[rank::world]
-            images.append(gather(data.labeled_images, rows, device))  # (B,3,H,W)
-            target.append(targets[rows.to(device, non_blocking=True)])  # (B,K)
-        if use_unlabeled:
-            rows = pseudo.rows[batch_rows(len(pseudo.rows), U, step, config.seed, key)[rank::world]]
-            images.append(gather(data.unlabeled_images, rows, device))  # (U,3,H,W)
-            target.append(pseudo.targets[rows].to(device, non_blocking=True))  # (U,K)
-        b = len(images[0]) if use_labeled else 0
-        images, target = torch.cat(images), torch.cat(target)
-        noised = len(images) if config.unlabeled_model_noise else b
+        # The batch: b labelled images, then u unlabelled ones, in one forward pass with joint batch-norm statistics.
+        b, u = (B, U) if joint else (0, U) if step < 0.8 * steps else (B, 0)  # ours: the share of pretraining
+        rows_l = batch_rows(n, b, step, config.seed, "labelled")[rank::world]
+        rows_u = pseudo.rows[batch_rows(len(pseudo.rows), u, step, config.seed, key)[rank::world]]
+        b, u = len(rows_l), len(rows_u)
+        images = torch.cat([gather(data.labeled_images, rows_l, device),
+                            gather(data.unlabeled_images, rows_u, device)])  # (b+u,3,H,W)
+        target = torch.cat([targets[rows_l.to(device, non_blocking=True)],
+                            pseudo.targets[rows_u].to(device, non_blocking=True)])  # (b+u,K)
         if augment:
-            end = len(images) if config.unlabeled_augment else b
+            end = b + u if config.unlabeled_augment else b
             images = torch.cat([add_noise(images[:end], config, data.flip, (rank, world)), images[end:]])
 
         # The loss: cross-entropy, averaged over each part, and the parts weighted.
         with precision(device, config):
-            logits = forward(normalise(images, data, size), noised)  # (B+U,K)
-        losses = -(target * F.log_softmax(logits.float(), 1)).sum(1)  # (B+U,)
-        zero = losses.new_zeros(())
-        loss_l, loss_u = losses[:b].mean() if use_labeled else zero, losses[b:].mean() if use_unlabeled else zero
-        loss = weight_l * loss_l + weight_u * loss_u if config.joint else loss_l + loss_u
+            logits = forward(normalise(images, data, size), b + u if config.unlabeled_model_noise else b)  # (b+u,K)
+        losses = -(target * F.log_softmax(logits.float(), 1)).sum(1)  # (b+u,)
+        loss_l, loss_u = losses[:b].sum() / max(1, b), losses[b:].sum() / max(1, u)
+        loss = weight_l * loss_l + weight_u * loss_u
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -400,6 +395,8 @@ def shuffled(n, *key):
 
 def batch_rows(n, batch, step, *key):
     """Row numbers (batch,) of batch number `step` in endless passes over n rows, each pass in a new order."""
+    if not batch:
+        return torch.arange(0)
     start, end = step * batch, (step + 1) * batch
     passes = range(start // n, (end - 1) // n + 1)
     return torch.cat([shuffled(n, *key, p) for p in passes])[start - passes[0] * n:end - passes[0] * n]

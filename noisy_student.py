@@ -47,7 +47,7 @@ import efficientnet
 from efficientnet import FAMILY, BatchNorm, EfficientNet, fold_batchnorm
 from randaugment import RandAugment, cutout, random_crop, random_flip
 
-class UserError(Exception):
+class UserError(ValueError):
     """What the user can mend, in one line: what was found, what was expected, what to do. Exit status 2."""
 
 def expect(holds, message):
@@ -544,11 +544,9 @@ PERTURBATIONS = {"gaussian_noise": None, "shot_noise": None, "zoom_blur": .01, "
                  "translate": 1 / 64, "rotate": math.pi / 180, "tilt": .01, "scale": .01}  # translate: in half widths
 
 def corrupt(images, name, severity, generator=None):
-    """uint8 images (N,C,H,W) -> the same, corrupted as by the CIFAR-10-C script, every image with draws of its own.
-    name: of CORRUPTIONS; severity: 1-5; generator: on the images' device. ValueError for any other argument."""
-    if name not in CORRUPTIONS or severity not in range(1, 6) or images.dtype != torch.uint8 or images.dim() != 4:
-        raise ValueError(f"found severity {severity} of {name!r}, {images.dtype} {(*images.shape,)}; expected 1-5 of "
-                         f"{', '.join(CORRUPTIONS)}, uint8 images (N,C,H,W)")
+    """uint8 images (N,C,H,W) -> the same, corrupted as by the CIFAR-10-C script, every image with draws of its own."""
+    expect(name in CORRUPTIONS and severity in range(1, 6) and images.dtype == torch.uint8 and images.dim() == 4,
+           f"found {name!r}, severity {severity}, {images.dtype} {(*images.shape,)}; expected 1 to 5, uint8 (N,C,H,W)")
     x, c, draw = images.float(), CORRUPTIONS[name][severity - 1], dict(generator=generator, device=images.device)
     def defocus_blur(radius, sigma):  # a disk, its edge softened by a Gaussian
         r2 = (torch.arange(-2, 3) ** 2 + torch.arange(-2, 3)[:, None] ** 2).float()[None, None]  # distances squared
@@ -559,27 +557,26 @@ def corrupt(images, name, severity, generator=None):
         source = np.arange(side) * (small - 1) / (round(small * factor) - 1) + (side - small) // 2
         return torch.from_numpy(np.maximum(1 - abs(source[:, None] - np.arange(side)), 0)).to(x) @ x
     def zoom_blur(factors):  # the rounding of np.arange lets 1.06 and 1.11 in, as published
-        return sum(zoom(zoom(x.mT, f).mT, f) for f in factors) / len(factors)
-    def fog(amount, decay):  # a diamond-square fractal that wraps around, its side a power of two
-        bits, top = (max(x.shape[2:]) - 1).bit_length(), x.amax((1, 2, 3), keepdim=True)
-        z = x.new_zeros(len(x), 1 << bits, 1 << bits)
-        for level, h in enumerate(1 << k for k in reversed(range(bits))):
-            cross, plus = ((h, h), (h, -h), (-h, h), (-h, -h)), ((h, 0), (-h, 0), (0, h), (0, -h))
-            for i, j, neighbours in ((h, h, cross), (0, h, plus), (h, 0, plus)):
-                mean = sum(z.roll(shift, (1, 2))[:, i::2 * h, j::2 * h] for shift in neighbours) / 4
-                z[:, i::2 * h, j::2 * h] = mean + (100 / decay ** level) ** 2 * (torch.rand(mean.shape, **draw) * 2 - 1)
-        z -= z.amin((1, 2), keepdim=True)
-        z = 255 * amount * (z / z.amax((1, 2), keepdim=True))[:, None, :x.shape[2], :x.shape[3]]
-        return (x + z) * top / (top + 255 * amount)
+        return sum((zoom(zoom(x.mT, f).mT, f) for f in factors), x) / (len(factors) + 1)
     def box(x):  # rows: Pillow's BOX resize and back, the mean of the pixels centred in each window
         centre = (np.arange(x.shape[2]) + .5) * int(x.shape[2] * c) / x.shape[2]
         same = np.floor(centre)[:, None] == np.ceil(centre) - 1
         return (torch.from_numpy(same / same.sum(1, keepdims=True)).to(x) @ x + .5).floor()
+    def fog(amount, decay):  # a diamond-square fractal that wraps around; each level doubles its side
+        z, top = x.new_zeros(len(x), 1, 1), x.amax((1, 2, 3), keepdim=True)
+        for level in range((max(x.shape[2:]) - 1).bit_length()):
+            noise = [(100 / decay ** level) ** 2 * (torch.rand(z.shape, **draw) * 2 - 1) for _ in range(3)]
+            centre = (z + z.roll(-1, 2) + z.roll(-1, 1) + z.roll((-1, -1), (1, 2))) / 4 + noise[0]  # of four old points
+            above = (centre.roll(1, 1) + centre + z + z.roll(-1, 2)) / 4 + noise[1]
+            left = (z + z.roll(-1, 1) + centre.roll(1, 2) + centre) / 4 + noise[2]
+            z = F.pixel_shuffle(torch.stack([z, above, left, centre], 1), 2)[:, 0]  # old and new points interleaved
+        z = (z - z.amin((1, 2), True)) / (z.amax((1, 2), True) - z.amin((1, 2), True))
+        return (x + 255 * amount * z[:, None, :x.shape[2], :x.shape[3]]) * top / (top + 255 * amount)
     x = {"gaussian_noise": lambda: x + 255 * c * torch.randn(x.shape, **draw), "brightness": lambda: _brighten(x, c),
          "shot_noise": lambda: torch.poisson(x / 255 * c, generator=generator) / c * 255, "fog": lambda: fog(*c),
          "impulse_noise": lambda: x + 255 * ((torch.rand(x.shape, **draw) * 2 - 1) / (1 - c)).trunc(),  # for a share c
-         "zoom_blur": lambda: zoom_blur([1, *np.arange(1, c, .01)]), "defocus_blur": lambda: defocus_blur(*c),
          "motion_blur": lambda: _motion_blur(x, *c, (torch.rand(len(x), **draw) * 2 - 1) * math.pi / 4).round(),
+         "zoom_blur": lambda: zoom_blur(np.arange(1, c, .01)), "defocus_blur": lambda: defocus_blur(*c),
          "contrast": lambda: torch.lerp(x.mean((2, 3), True), x, c), "pixelate": lambda: box(box(x.mT).mT)}[name]()
     return (x + 1e-3).clamp(0, 255).byte()  # truncate, but let the 36.99999 of float32 be 37
 
@@ -596,14 +593,12 @@ def _brighten(x, amount):  # the HSV value (largest channel) grows, hue and satu
     return (x + 1e-9) / (value + 1e-9) * (value + 255 * amount).clamp(max=255)
 
 def perturbation_sequence(images, name, frames=30, generator=None):
-    """uint8 images (N,C,H,W) -> (N,frames,C,H,W): the clean image, then PERTURBATIONS[name] more in every frame; images
-    draw the sense of translate, rotate and tilt. generator and ValueError as for corrupt."""
-    if name not in PERTURBATIONS or frames < 2:
-        raise ValueError(f"found {name!r}, {frames} frames; expected one of {', '.join(PERTURBATIONS)}, 2 or more")
-    if PERTURBATIONS[name] is None:
-        return torch.stack([images] + [corrupt(images, name, 1, generator) for _ in range(frames - 1)], 1)
-    x, sequence, growth, r = images.float(), [images.float()], PERTURBATIONS[name], images.shape[2] / images.shape[3]
-    sense = torch.randint(0, 2, (len(x), 1, 1), generator=generator, device=x.device) * 2 - 1
+    """uint8 images (N,C,H,W) -> (N,frames,C,H,W): the clean one, then PERTURBATIONS[name] more in every frame."""
+    expect(name in PERTURBATIONS and frames > 1, f"found {name!r}, {frames} frames; expected PERTURBATIONS, 2 or more")
+    growth, x, sequence, r = PERTURBATIONS[name], images.float(), [images.float()], images.shape[2] / images.shape[3]
+    if growth is None:
+        return torch.stack([images, *(corrupt(images, name, 1, generator) for _ in range(frames - 1))], 1)
+    sense = torch.randint(0, 2, (len(x), 1, 1), generator=generator, device=x.device) * 2 - 1  # -1 or 1 for each image
     xs, ys = F.affine_grid(torch.eye(2, 3).to(x).expand(len(x), 2, 3), x.shape, align_corners=False).unbind(-1)
     for step in range(1, frames):
         a, b = sense * step * growth, 1 + step * growth  # uv: where in [-1,1] every pixel comes from, each (N,H,W)
@@ -617,20 +612,18 @@ def perturbation_sequence(images, name, frames=30, generator=None):
 def flip_rate(predictions, noise=False):
     """Share of frames j >= 2 in predictions (sequences, frames) that differ from frame j-1 (noise: from frame 1)."""
     p = torch.as_tensor(predictions)
-    if p.dim() != 2 or not len(p) or p.shape[1] < 2:
-        raise ValueError(f"found predictions {tuple(p.shape)}; expected (sequences, frames) with 2 frames or more")
+    expect(p.dim() == 2 and p[:, 1:].numel(), f"predictions {(*p.shape,)}; expected (sequences, 2 frames or more)")
     return (p[:, 1:] != (p[:, :1] if noise else p[:, :-1])).double().mean().item()
 
 def mean_flip_rate(rates, reference):
-    """mFR: 100 x the mean over perturbations of a model's flip rate / the reference's. ValueError if one is 0."""
-    if not rates or rates.keys() != reference.keys() or not all(value > 0 for value in reference.values()):
-        raise ValueError(f"found {rates} and the reference {reference}; expected the same names, no zero to divide by")
+    """mFR: 100 x the mean over perturbations of a model's flip rate / the reference's."""
+    expect(rates and rates.keys() == reference.keys() and min(reference.values()) > 0,
+           f"found {rates} and the reference {reference}; expected the same names, no zero to divide by")
     return 100 * sum(rates[name] / reference[name] for name in rates) / len(rates)
 
 def mean_corruption_error(errors, reference):
-    """mCE: the same for the sums of a corruption's five errors. ValueError for another number of errors, too."""
-    if any(len(five) != 5 for five in (*errors.values(), *reference.values())):
-        raise ValueError(f"found {errors} and the reference {reference}; expected five errors for every corruption")
+    """mCE: the same for the sums of a corruption's five errors."""
+    expect({*map(len, [*errors.values(), *reference.values()])} <= {5}, "expected five errors for every corruption")
     return mean_flip_rate({k: sum(errors[k]) for k in errors}, {k: sum(reference[k]) for k in reference})
 
 def fgsm(predict, images, labels, epsilon):
@@ -640,8 +633,7 @@ def fgsm(predict, images, labels, epsilon):
 def pgd(predict, images, labels, epsilon, steps=10, step_size=None, random_start=False, generator=None):
     """Steps up the cross-entropy in the L-infinity ball and [0,255]. images: float (N,C,H,W); epsilon: in their units;
     predict: images -> logits (N,K), normalisation inside. The paper names no step_size: 2.5 epsilon / steps is ours."""
-    if not images.is_floating_point() or epsilon < 0 or steps < 1:
-        raise ValueError(f"found {images.dtype}, epsilon {epsilon}, {steps} steps; expected float images, >= 0, >= 1")
+    expect(images.is_floating_point() and epsilon >= 0 < steps, "expected float images, epsilon >= 0, steps >= 1")
     x, step_size = images.detach(), 2.5 * epsilon / steps if step_size is None else step_size
     low, high = (x - epsilon).clamp(min=0), (x + epsilon).clamp(max=255)
     if random_start:
@@ -655,18 +647,18 @@ def pgd(predict, images, labels, epsilon, steps=10, step_size=None, random_start
 @torch.no_grad()
 def robustness(predict, images, labels, *, seed=0, num_images=300, num_sequences=50, frames=15, batch_size=250,
                epsilons=(2, 4, 8, 16), pgd_epsilon=1, steps=10, cifar10_c=None):
-    """The paper's measures, as fractions, on num_images evenly spaced uint8 images (N,C,H,W), the same for every model.
-    predict: as in pgd. Few frames, for a CPU: num_images * (70 + 3 steps) + 8 num_sequences * frames forward passes."""
+    """The paper's measures, as fractions, on num_images evenly spaced uint8 images (N,C,H,W). predict: as in pgd."""
     def some(array):
         return array[::max(1, len(array) // num_images)][:num_images]
     def error(x, y, attack=lambda predict, x, y: x, *args):
-        parts = zip(x.to(images.device).split(batch_size), y.to(images.device).split(batch_size))
+        parts = zip(x.to(labels.device).split(batch_size), y.to(labels.device).split(batch_size))
         return int(sum(predict(attack(predict, a.float(), b, *args)).argmax(1).ne(b).sum() for a, b in parts)) / len(y)
-    x, y, generator, flips = some(images), some(labels), torch.Generator(images.device).manual_seed(seed), {}
-    if cifar10_c is None:
-        errors = {k: [error(corrupt(x, k, s, generator), y) for s in range(1, 6)] for k in CORRUPTIONS}
-    else:  # load_cifar10_c(...): these files hold their own pictures and labels
+    x, y, generator = some(images).to(labels.device), some(labels), torch.Generator(labels.device).manual_seed(seed)
+    if cifar10_c:  # load_cifar10_c(...): these files hold their own pictures and labels
         errors = {k: [error(torch.tensor(some(p)), some(cifar10_c[1])) for p in ps] for k, ps in cifar10_c[0].items()}
+    else:
+        errors = {k: [error(corrupt(x, k, s, generator), y) for s in range(1, 6)] for k in CORRUPTIONS}
+    flips = {}
     for k, growth in PERTURBATIONS.items():
         parts = perturbation_sequence(x[:num_sequences], k, frames, generator).flatten(0, 1).split(batch_size)
         flips[k] = flip_rate(torch.cat([predict(p.float()).argmax(1) for p in parts]).view(-1, frames), growth is None)
@@ -685,39 +677,30 @@ def robustness_table(reports, reference="supervised"):
     rows = [["error in %", "clean", "corrupted", "mCE", "mFR", *(f"FGSM {e}" for e in base["fgsm"]),
              "PGD-{steps}, {epsilon}".format(**base["pgd"])]]
     for model, r in reports.items():
-        cells = 100 * r["clean_error"], 100 * np.mean([*r["corruption_errors"].values()]), r["mce"], r["mfr"], *(
-            100 * e for e in (*r["fgsm"].values(), r["pgd"]["error"]))
-        rows.append([model, *("-" if cell is None else f"{cell:.1f}" for cell in cells)])
+        errors = r["clean_error"], np.mean([*r["corruption_errors"].values()]), *r["fgsm"].values(), r["pgd"]["error"]
+        clean, corrupted, *attacked = (f"{100 * e:.1f}" for e in errors)
+        means = ("-" if mean is None else f"{mean:.1f}" for mean in (r["mce"], r["mfr"]))
+        rows.append([model, clean, corrupted, *means, *attacked])
     return "\n".join(["".join(f"{cell:>12}" for cell in row) for row in rows] + [
         f"mCE, mFR: this run's {reference!r} is 100, less is better; left out, 0 there: {', '.join(without) or '-'}"])
 
 def load_cifar10_c(folder):
     """Folder of CIFAR-10-C -> ({corruption: mapped uint8 (severity,n,3,32,32)}, labels int64 (n,)), or UserError."""
-    files = {}
-    for name in ("labels", *CIFAR10_C):
-        try:
-            a = files[name] = np.load(os.path.join(folder, name + ".npy"), mmap_mode="r")
-        except (OSError, ValueError, EOFError) as problem:
-            raise UserError(f"cannot read {name}.npy in {folder} ({problem}); expected CIFAR-10-C, unpacked") from None
-        n = files["labels"].size // 5
-        if not (n and a.dtype.kind in "iu" and np.array_equal(a, np.tile(a[:n], 5)) if name == "labels" else
-                a.dtype == np.uint8 and a.shape == (5 * n, 32, 32, 3)):
-            raise UserError(f"found {a.dtype} {a.shape} in {name}.npy; expected CIFAR-10-C's (no other labels later)")
+    files = {name: read_npy(Path(folder, f"{name}.npy")) for name in ("labels", *CIFAR10_C)}
+    n = files["labels"].size // 5
+    for name, a in files.items():
+        expect(n and a.dtype.kind in "iu" and np.array_equal(a, np.tile(a[:n], 5)) if name == "labels" else
+               a.dtype == np.uint8 and a.shape == (5 * n, 32, 32, 3),
+               f"found {a.dtype} {a.shape} in {name}.npy; expected CIFAR-10-C's (no other labels later)")
     labels = torch.from_numpy(files.pop("labels")[:n].astype(np.int64))
     return {name: a.reshape(5, n, 32, 32, 3).transpose(0, 1, 4, 2, 3) for name, a in files.items()}, labels
 
 def measure_robustness(model, data, config):
-    """robustness() of a network in evaluation mode on config.robustness_images of the test images."""
-    model, device = fold_batchnorm(model), data.labels.device
-
-    def predict(x):
-        with precision(device, config):
-            return model(normalise(x, data)).float()
-    step = max(1, len(data.test_images) // config.robustness_images)
-    rows = torch.arange(0, len(data.test_images), step)[:config.robustness_images]
-    return robustness(predict, gather(data.test_images, rows, device), data.test_labels[rows.to(device)],
-                      num_images=len(rows), cifar10_c=load_cifar10_c(config.cifar10_c) if config.cifar10_c else None)
-
+    """robustness() of a network on config.robustness_images of the test images."""
+    model, files = fold_batchnorm(model), config.cifar10_c
+    predict = precision(data.labels.device, config)(lambda x: model(normalise(x, data)).float())
+    return robustness(predict, data.test_images, data.test_labels, num_images=config.robustness_images,
+                      cifar10_c=files and load_cifar10_c(files))
 
 # ---- Data ---------------------------------------------------------------------------- (SVHN split: the official code)
 # A whole data set is one uint8 tensor (N,3,H,W) and a batch is images[index]: no loader, no workers.

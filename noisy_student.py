@@ -19,7 +19,6 @@ import copy
 import ctypes
 import functools
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -713,8 +712,6 @@ DOWNLOADS = {  # file: URL, MD5, bytes
     "cifar-10-python.tar.gz": (CIFAR + "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", 170_498_071)}
 BATCHES = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["test_batch"]}  # CIFAR-10
 SVHN_STATS = (0.4376821, 0.4437697, 0.47280442), (0.19803012, 0.20101562, 0.19703614)  # mean, std: official code
-MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}  # as stored
-MAT_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}  # meant
 
 @dataclass
 class Data:
@@ -732,229 +729,159 @@ class Data:
 
     def to(self, device, gibibytes):
         """A copy on the device; a set of images larger than `gibibytes` stays where it is."""
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items()
-                                if isinstance(value, torch.Tensor)
-                                and (value.dtype != torch.uint8 or value.nbytes <= gibibytes * 2**30)})
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items()
+                                if torch.is_tensor(x) and (x.ndim < 4 or x.nbytes <= gibibytes * 2**30)})
 
 def load_data(config):
-    """The data set that `config` names, as Data. Raises UserError for whatever is missing, malformed or impossible.
-    Training images are shuffled with seed 0; the first `config.dev` become the dev set (4,000: SVHN's official split).
-    Of the others `config.labels` (None: all), balanced and drawn with `config.seed`, keep their labels. Unlabelled are
-    the rest, or with `config.extra` SVHN's extra images, or a folder's unlabeled_images.npy, or the training images of
-    `config.unlabeled_dataset`. `config.unlabeled` and `config.test`: how many to keep, or to generate as digits."""
+    """The data set that `config` names. Its training images are shuffled with seed 0; `config.dev` become the dev set
+    (4,000: SVHN's official split). Of the others `config.labels` (None: all), balanced and drawn with `config.seed`,
+    keep their labels. Unlabelled are the rest or, where there are such, SVHN's extra images (with `config.extra`), the
+    images of `config.unlabeled_dataset` or a folder's unlabeled_images.npy; `config.unlabeled` of them at most."""
+    def shuffled(n):  # always the same
+        return np.random.RandomState(0).permutation(n)
+    def take(rows, *parts):  # no copy if that is everything: images may be larger than memory
+        return [part if len(rows) == len(part) else part[np.sort(rows)] for part in parts]
     name, source = config.dataset, config.unlabeled_dataset or config.dataset
-    for option, least in ("unlabeled", 1), ("test", 1), ("labels", 1), ("dev", 0):
-        expect((n := getattr(config, option)) is None or n >= least, f"--{option} {n}: expected at least {least}")
     expect(source == "svhn" or not config.extra, f"--extra: only SVHN has extra images; drop it for {source}")
-    images, labels = read_part(name, "train", config)
-    K, N = 10 if name in DATASETS else int(labels.max()) + 1, len(labels)
+    (images, labels), (test_images, test_labels) = (read_part(name, part, config) for part in ("train", "test"))
+    N, K = len(labels), 10 if name in DATASETS else int(labels.max()) + 1
     dev = max(1, min(1000, N // 10)) if config.dev is None else config.dev
-    expect(dev < N, f"--dev {dev}: expected fewer than the {N} training images of {name}")
-    dev, order = np.split(np.random.RandomState(0).permutation(N), [dev])
-    wanted = config.labels or len(order)
-    expect(K <= wanted <= len(order), f"--labels {wanted}: expected {K} (one per class) to {len(order)} (all but dev)")
+    dev, order = np.split(shuffled(N), [dev])
+    own = source == name and not config.extra and (name in DATASETS or not Path(name, "unlabeled_images.npy").exists())
+    n, most = config.labels or len(order), len(order) - own  # one image at least has to be left as an unlabelled one
+    expect(K <= n <= most, f"--labels {n} --dev {len(dev)}: expected {K} (one per class) to {most} labels; unlabelled "
+           f"images must be left of the {N}, or come from elsewhere (--unlabeled-dataset; SVHN: --extra)")
     order, turns = np.random.default_rng([config.seed, 0]).permutation(order), [itertools.count() for _ in range(K)]
     order = order[np.argsort([next(turns[k]) for k in labels[order]], kind="stable")]  # so any first part is balanced
-    dev, chosen, rest = map(np.sort, (dev, order[:wanted], order[wanted:]))
-    counts = np.bincount(labels[chosen], minlength=K)
-    expect(counts.all(), f"{name}: class {counts.argmin()} has no labelled image; add some, or renumber the labels")
-    labeled_images, dev_images = take(images, chosen), take(images, dev)
-    own = source == name and (name in DATASETS or not (Path(name) / "unlabeled_images.npy").exists())
-    unlabeled_images = read_svhn("extra_32x32.mat", config)[0] if config.extra else \
-        take(images, rest) if own else read_part(source, "pool", config)[0]
-    n = min(len(unlabeled_images), config.unlabeled or math.inf)
-    expect(n > 0, f"{name}: no unlabelled images are left; lower --labels or add --extra (SVHN) or --unlabeled-dataset")
-    unlabeled_images = at_most(max(1, round(n * config.unlabeled_fraction)), unlabeled_images)
-    test_images, test_labels = (at_most(config.test, part) for part in read_part(name, "test", config))
-    expect(test_labels.max() < K, f"{name}: test label {test_labels.max()}; expected the training set's, 0 to {K - 1}")
-    for part, found in ("unlabelled", unlabeled_images), ("test", test_images):
-        (h, w), (height, width) = found.shape[2:], labeled_images.shape[2:]
-        expect((h, w) == (height, width), f"{part} images of {h} x {w} pixels; expected {height} x {width} as to train")
-    mean, std = map(torch.tensor, SVHN_STATS) if name == "svhn" else mean_std(labeled_images, unlabeled_images)
-    labels, dev_labels, test_labels = map(torch.from_numpy, (labels[chosen], labels[dev], test_labels))
-    return Data(labeled_images, labels, unlabeled_images, dev_images, dev_labels, test_images, test_labels, K,
-                mean, std, flip=name == "cifar10")
-
-def take(rows, index):
-    """rows[index] for an index without repeats; no copy if that is everything (images may be larger than memory)."""
-    return rows if len(index) == len(rows) else rows[index]
-
-def at_most(n, rows):
-    """A random n of the images or labels, always the same ones; all where n is None or large."""
-    return take(rows, np.sort(np.random.RandomState(0).permutation(len(rows))[:n]))
+    labeled, rest = np.split(order, [n])
+    lost = min({*range(K), *test_labels.tolist()} - {*labels[labeled].tolist()}, default=None)
+    expect(lost is None, f"{name}: class {lost} has no labelled image; add some, or renumber the labels")
+    pool = take(rest, images)[0] if own else read_part(source, "unlabeled", config)[0]
+    n = round(min(len(pool), config.unlabeled or len(pool)) * config.unlabeled_fraction)
+    [pool] = take(shuffled(len(pool))[:max(1, n)], pool)
+    sizes = [f"{h} x {w}" for h, w in (x.shape[2:] for x in (images, pool, test_images))]
+    expect(len({*sizes}) == 1, f"training, unlabelled, test images of {', '.join(sizes)} pixels; expected one size")
+    test = take(shuffled(len(test_labels))[:config.test], test_images, test_labels)
+    labeled, dev = take(labeled, images, labels), take(dev, images, labels)
+    mean, std = map(torch.tensor, SVHN_STATS) if name == "svhn" else mean_std(labeled[0], pool)
+    return Data(*map(torch.from_numpy, (*labeled, pool, *dev, *test)), K, mean, std, flip=name == "cifar10")
 
 def mean_std(*pools, limit=10_000):
     """Mean and std of each channel, pixels in 0-1, over about `limit` images: runs of 64, fast to read from a disk."""
     step = 64 * math.ceil(sum(map(len, pools)) / limit)
-    runs = (pool[i:i + 64].int() for pool in pools for i in range(0, len(pool), step))
+    runs = (torch.from_numpy(pool[i:i + 64]).int() for pool in pools for i in range(0, len(pool), step))
     count, x, xx = sum(torch.stack([run ** k for k in (0, 1, 2)]).sum((1, 3, 4)) for run in runs).double()  # exact sums
     std = (xx / count - (x / count) ** 2).clamp(min=1).sqrt()  # so that plain images do not make us divide by 0
     return (x / count / 255).float(), (std / 255).float()
 
+@contextlib.contextmanager
+def explained(what, advice):
+    """Makes one line for the user of whatever goes wrong inside: a damaged file can fail in any way."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what} ({' '.join(str(error).split()) or repr(error)}); {advice}") from None
+
 def read_part(name, part, config):
-    """Images uint8 (N,3,H,W) and labels (numpy, int64 (N,)) of "train", "test" or "pool": another set's unlabelled."""
+    """Images uint8 (N,3,H,W) and labels int64 (N,) of the "train", "test" or "unlabeled" part of a data set."""
+    file = "test" if part == "test" else "train"
     if name == "digits":
-        more, test = config.unlabeled or 8000, config.test or 2000
-        dev = 1000 if config.dev is None else config.dev
-        n = {"train": more + dev + (config.labels or 0), "test": test, "pool": more}[part]
-        images, labels = make_digits(n, 3 * config.seed + ["train", "test", "pool"].index(part))
-        return images, labels.numpy()
-    file, folder = "test" if part == "test" else "train", Path(name)
-    if name in DATASETS:
-        return read_svhn(f"{file}_32x32.mat", config) if name == "svhn" else read_cifar10(BATCHES[file], config)
-    expect(folder.is_dir(), f"no data set {name!r}: expected {', '.join(DATASETS)} or a folder of .npy files (README)")
-    if part == "pool" and (folder / "unlabeled_images.npy").exists():
-        file = "unlabeled"
-    array = read_npy(folder / f"{file}_images.npy")
-    x = array.transpose(0, 3, 1, 2) if array.ndim == 4 and array.shape[1] != 3 else array
-    expect(x.dtype == np.uint8 and x.ndim == 4 and x.shape[1] == 3 and len(x) and min(x.shape[2:]) >= 8,
-           f"{folder / file}_images.npy: {x.dtype} {array.shape}; expected uint8 (N,3,H,W) or (N,H,W,3), 8 x 8 or more")
-    if part == "pool":
-        return torch.from_numpy(x), None
-    labels = read_npy(folder / f"{file}_labels.npy")
-    expect(labels.dtype.kind in "iu" and labels.shape == (len(x),) and labels.min() >= 0 and labels.max() < 2**63,
-           f"{folder / file}_labels.npy: {labels.dtype} {labels.shape}; expected {len(x)} integers from 0 to K-1")
-    return torch.from_numpy(x), np.array(labels, np.int64)
-
-def read_npy(path):
-    try:  # mapped: a page is read when touched; mode 'c': writing, which nothing here does, would not reach the file
-        return np.lib.format.open_memmap(path, mode="c")
-    except Exception as error:  # numpy reports a bad file in many ways
-        raise UserError(f"{path}: no readable .npy file ({error!r}); write one array with numpy.save") from None
-
-def read_svhn(file, config):
-    """Images (N,3,32,32) and labels (N,), 0 to 9, of one of SVHN's files."""
-    path = fetch(file, config)
-    X, y = map({"X": np.empty(0), "y": np.empty(0), **read_mat(path)}.get, "Xy")
-    y = y.reshape(-1)
-    expect(X.dtype == np.uint8 and X.shape[:3] == (32, 32, 3) and 0 < len(y) == X.size // 3072 and {*y} <= {*range(11)},
-           f"{path}: found X {X.dtype} {X.shape}, y {y.dtype} {y.shape}; expected X uint8 (32,32,3,N), y from 1 to 10")
-    images = X.reshape(32, 32, 3, -1).T  # (N,3,column,row), as the bytes lie: MATLAB's first index runs fastest
-    for k in range(0, len(y), 1000):  # to (N,3,row,column) in place: SVHN's extra set is 1.6 GB
-        images[k:k + 1000] = images[k:k + 1000].swapaxes(2, 3).copy()
-    return torch.from_numpy(images), y.astype(np.int64) % 10  # the digit 0 has label 10
+        more, dev = config.unlabeled or 8000, 1000 if config.dev is None else config.dev
+        sizes = {"train": more + dev + (config.labels or 0), "test": config.test or 2000, "unlabeled": more}
+        return [x.numpy() for x in make_digits(sizes[part], 3 * config.seed + [*sizes].index(part))]
+    if name == "svhn":
+        path = fetch(f"{'extra' if part == 'unlabeled' and config.extra else file}_32x32.mat", config)
+        X, y = map({"X": np.empty(0), "y": np.empty(0), **read_mat(path)}.get, "Xy")
+        expect(X.dtype == np.uint8 and X.shape == (32, 32, 3, y.size) and 0 < y.size and {*y.flat} <= {*range(11)},
+               f"{path}: X {X.dtype} {X.shape}, y {y.dtype} {y.shape}; expected X uint8 (32,32,3,N), y from 1 to 10")
+        for image in X.T:  # (3,column,row), MATLAB's order, to (3,row,column); in place: SVHN's extra set is 1.6 GB
+            image[:] = image.swapaxes(1, 2).copy()
+        return X.T, y.reshape(-1).astype(np.int64) % 10  # the digit 0 has label 10
+    if name == "cifar10":
+        paths = [Path(config.data_dir, "cifar-10-batches-py", batch) for batch in BATCHES[file]]
+        if not all(path.exists() for path in paths):
+            archive = fetch("cifar-10-python.tar.gz", config)
+            with explained(f"{archive} cannot be unpacked", "delete it to start again"), tarfile.open(archive) as tar:
+                paths[0].parent.mkdir(exist_ok=True)
+                for path in paths:  # so no name or link in the archive decides where a file goes
+                    path.write_bytes(tar.extractfile(f"cifar-10-batches-py/{path.name}").read())
+        return [np.concatenate(parts) for parts in zip(*map(read_batch, paths))]
+    expect(os.path.isdir(name), f"no data set {name!r}: expected {', '.join(DATASETS)} or a folder of .npy files")
+    if part == "unlabeled" and Path(name, "unlabeled_images.npy").exists():
+        file = part
+    with explained(f"{name}/{file}_*.npy: no readable data", "expected images, uint8 (N,3,H,W) or (N,H,W,3), 8 x 8 or "
+                   "more, and labels, N integers from 0 to K-1, written by numpy.save"):
+        x = np.load(f"{name}/{file}_images.npy", mmap_mode="c")  # a page is read when touched, and never written
+        x = x.transpose(0, 3, 1, 2) if x.ndim == 4 and x.shape[1] != 3 else x
+        labels = np.zeros(len(x), int) if part == "unlabeled" else np.load(f"{name}/{file}_labels.npy")
+        expect(x.dtype == np.uint8 and x.ndim == 4 and x.shape[1] == 3 and len(x) and min(x.shape[2:]) >= 8 and
+               labels.dtype.kind in "iu" and labels.shape == (len(x),) and 0 <= labels.min() and labels.max() < 2**63,
+               f"{x.dtype} {x.shape}, labels {labels.dtype} {labels.shape}")
+        return x, np.array(labels, np.int64)
 
 def read_mat(path):
-    """{name: ndarray} of a MATLAB 5 file (save -v6, -v7); text, cells ... are left out. UserError if damaged."""
-    def elements(raw):  # (type, data) of each; up to 4 bytes of data lie in the tag itself
-        at = 0
-        while at < len(raw):
-            kind, n = raw[at:at + 8].view("<u4").tolist()
-            kind, n, start = (kind % 65536, kind >> 16, at + 4) if kind >> 16 else (kind, n, at + 8)
-            end = start + n
-            expect(end <= len(raw), f"an element of {n} bytes where {len(raw) - start} are left")
-            yield kind, raw[start:end]
-            at = end + (at - end) % 8  # padded
-    def inflate(file, n):  # the next n bytes, piece by piece into one array: SVHN's extra set is 1.6 GB
-        array, at, size, left, decoder = np.empty(0, np.uint8), 0, 0, n, zlib.decompressobj()
-        while left > 0:
-            packed = file.read(min(left, 1 << 16))
-            left, piece = left - len(packed), np.frombuffer(decoder.decompress(packed), np.uint8)
-            if at == 0:  # the element's first 8 bytes say how large it is
-                size = 8 + int.from_bytes(piece[4:8].tobytes(), "little")
-                expect(packed and size <= 1040 * n, f"{n} compressed bytes cannot make {size}")
-                array = np.empty(size, np.uint8)
-            array[at:at + len(piece)] = piece  # a ValueError if they are too many
-            at += len(piece)
-        expect(decoder.eof and at == size, "it is incomplete")
-        return array
-    def matrices(file):  # each variable, decompressed
-        end = os.fstat(file.fileno()).st_size
-        while file.tell() < end:
-            kind, n = np.frombuffer(file.read(8), "<u4").tolist()
-            expect(file.tell() + n <= end, f"an element of {n} bytes where {end - file.tell()} are left")
-            if kind == 15:
-                yield from elements(inflate(file, n))
-            else:
-                yield kind, np.fromfile(file, np.uint8, n)
-    try:
-        arrays = {}
-        with open(path, "rb") as file:
-            expect(file.read(128)[124:] == b"\0\1IM", "its header is another; version 7.3 is not supported")
-            for kind, data in matrices(file):
-                expect(kind == 14, f"an element of type {kind}, not a matrix")
-                (_, flags), *parts = elements(data)
-                meant = MAT_CLASSES.get(flags[0])  # MATLAB stores whole doubles as smaller types
-                if meant and not flags[1] & 8:  # not text, cells, ..., nor complex
-                    (_, shape), (_, name), (kind, values) = parts
-                    shape, name = shape.view("<i4").tolist(), name.tobytes().decode("latin1")
-                    stored = MAT_TYPES.get(kind)
-                    expect(stored and min(shape) >= 0 and math.prod(shape) * int(stored[1]) == len(values),
-                           f"variable {name!r} of shape {shape} has {len(values)} bytes of type {kind}")
-                    arrays[name] = values.view("<" + stored).reshape(shape, order="F").astype(meant, copy=False)
-        return arrays
-    except (UserError, OSError, ValueError, IndexError, MemoryError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole MATLAB 5 file ({error}); delete it and fetch it again") from None
-
-def read_cifar10(files, config):
-    """Images (N,3,32,32) and labels (N,) of some of CIFAR-10's Python batches; those missing are unpacked first."""
-    folder = Path(config.data_dir) / "cifar-10-batches-py"
-    missing = {file for file in sum(BATCHES.values(), []) if not (folder / file).exists()}
-    if missing:
-        archive = fetch("cifar-10-python.tar.gz", config)
-        try:
-            folder.mkdir(exist_ok=True)
-            with tarfile.open(archive, "r|gz") as tar:  # '|': read once from front to back
-                for member in tar:
-                    file = member.name.removeprefix("cifar-10-batches-py/")
-                    if file in missing and member.isreg():  # no name or link in the archive decides where a file goes
-                        (folder / f"{file}.part").write_bytes(tar.extractfile(member).read())
-                        (folder / f"{file}.part").replace(folder / file)
-                        missing.remove(file)
-            expect(not missing, f"it holds no {', '.join(sorted(missing))}")
-        except (UserError, OSError, EOFError, tarfile.TarError, zlib.error) as error:
-            raise UserError(f"{archive}: cannot be unpacked to {folder} ({error}); delete it to start again") from None
-    images, labels = (np.concatenate(parts) for parts in zip(*(read_batch(folder / file) for file in files)))
-    return torch.from_numpy(images).view(-1, 3, 32, 32), labels
+    """{name: array} of a MATLAB 5 file (save -v6, -v7); text, cells, ... are left out. UserError if damaged."""
+    types = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13), "bBhHiIfdqQ"))  # what values are stored as
+    classes = dict(zip(range(6, 16), "dfbBhHiIqQ"))  # what they mean: MATLAB stores whole doubles as smaller types
+    arrays = {}
+    with explained(f"{path} is not a whole MATLAB 5 file", "delete it and fetch it again"), open(path, "rb") as file:
+        expect(file.read(128)[124:] == b"\0\1IM", "its header is another; version 7.3 is not supported")
+        while tag := file.read(8):
+            kind, n = np.frombuffer(tag, "<u4").tolist()
+            raw, parts, decoder = bytearray(b"" if kind == 15 else tag), [], zlib.decompressobj()
+            for left in range(n, 0, -65536):  # piece by piece: SVHN's extra set is 1.6 GB
+                piece = file.read(min(left, 65536))
+                raw += decoder.decompress(piece) if kind == 15 else piece
+            expect(decoder.eof if kind == 15 else len(raw) == 8 + n, "it is incomplete")
+            raw = memoryview(raw)[8:]
+            while raw:  # the matrix's parts, each a type and data; up to 4 bytes of data lie in the tag itself
+                kind, n = np.frombuffer(raw[:8], "<u4").tolist()
+                kind, n, start = (kind, n, 8) if kind < 65536 else (kind % 65536, kind >> 16, 4)
+                parts.append((kind, raw[start:start + n]))
+                raw = raw[start + n + -(start + n) % 8:]  # padded
+            (_, flags), *parts = parts
+            if flags[0] in classes and not flags[1] & 8:  # not text, cells, ..., nor complex
+                (_, shape), (_, name), (kind, values) = parts
+                values = np.frombuffer(values, types[kind]).reshape(np.frombuffer(shape, "<u4"), order="F")
+                arrays[str(name, "latin1")] = values.astype(classes[flags[0]], copy=False)
+    return arrays
 
 def read_batch(path):
-    """Images uint8 (N,3072) and labels int64 (N,) of one batch. Raises UserError for any other file."""
-    try:
+    """Images uint8 (N,3,32,32) and labels int64 (N,) of one of CIFAR-10's Python batches."""
+    with explained(f"{path} is no readable CIFAR-10 batch", "delete it to unpack it again"):
         batch = Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         array, labels = (batch.get(key.encode(), batch.get(key)) for key in ("data", "labels"))
-        _, shape, dtype, fortran, data = array.state
-        images = np.frombuffer(data, dtype.args[0]).reshape(shape, order="F" if fortran else "C")
+        *_, shape, dtype, fortran, values = array
+        images = np.frombuffer(values, dtype[0]).reshape(shape, order="F" if fortran else "C")
         labels = np.fromiter(labels, np.int64)  # unlike numpy.array, it does not follow lists of lists of ...
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise UserError(f"{path}: no readable CIFAR-10 batch ({error!r}); delete it to unpack it again") from None
-    expect(images.dtype == np.uint8 and images.shape == (labels.size, 3072) != (0, 3072) and {*labels} <= {*range(10)},
-           f"{path}: {images.dtype} {images.shape}, {len(labels)} labels; expected uint8 (N,3072) and N from 0 to 9")
-    return images, labels
-
-class Pickled:
-    """Stands in for numpy's arrays and dtypes while unpickling: it keeps what the file says and runs none of it."""
-    def __init__(self, *args):
-        self.args = args
-    def __setstate__(self, state):
-        self.state = state
+        n, right = len(labels), images.dtype == np.uint8 and {*labels} <= {*range(10)}
+        expect(right and images.shape == (n, 3072) and n, f"data {images.dtype} {images.shape}, {n} labels")
+        return images.reshape(-1, 3, 32, 32), labels
 
 class Unpickler(pickle._Unpickler):
     """Admits arrays and plain containers only. In Python: a damaged file can make the one in C allocate gigabytes."""
     dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: None}  # this could too, and CIFAR-10 has none
-
+    class Kept(list):  # what the file says of an array or a dtype, none of it run: arguments to make it, then its state
+        __setstate__ = list.extend
     def find_class(self, module, name):
         expect(module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"), f"it wants {module}.{name}")
-        return Pickled
+        return lambda *args: self.Kept(args)
 
 def fetch(file, config):
     """The path of an official file. A missing one is downloaded to FILE.part, or resumed there, checked and renamed."""
-    (url, md5, size), path, part = DOWNLOADS[file], Path(config.data_dir) / file, Path(config.data_dir) / f"{file}.part"
+    (url, md5, size), path, part = DOWNLOADS[file], Path(config.data_dir, file), Path(config.data_dir, f"{file}.part")
     if path.exists():
         return path
-    print(f"fetching {url} ({size / 1e6:.0f} MB) to {path}", file=sys.stderr)
-    try:
+    with explained(f"{path} is missing and could not be fetched", f"run again online, or put a copy of {url} there"):
         part.parent.mkdir(parents=True, exist_ok=True)
-        have, before = part.stat().st_size if part.exists() else 0, -1
-        while before < have < size:  # go on as long as every connection brings something
-            before, request = have, urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        have = part.stat().st_size if part.exists() else 0
+        if have < size:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
             with urllib.request.urlopen(request, timeout=30) as response, \
                     open(part, "ab" if response.status == 206 else "wb") as out:  # 200: from the start, after all
-                while out.tell() <= size and (data := response.read(1 << 20)):
+                while data := response.read(1 << 20):
                     out.write(data)
-                    if sys.stderr.isatty():
-                        print(f"\r{out.tell() / size:4.0%}", end="\r", file=sys.stderr)
-                out.flush()
-                os.fsync(out.fileno())
+                    print(f"fetching {url} to {path}: {out.tell() / size:4.0%}", end="\r", file=sys.stderr)
                 have = out.tell()
         expect(have >= size, f"the connection ended after {have:,} of {size:,} bytes")
         found = hashlib.md5(np.memmap(part, mode="r"), usedforsecurity=False).hexdigest()
@@ -962,9 +889,6 @@ def fetch(file, config):
             part.unlink()
         expect(found == md5, f"its MD5 is {found}, expected {md5}")
         return part.replace(path)
-    except (UserError, OSError, http.client.HTTPException) as error:
-        raise UserError(f"{path} is missing and could not be fetched ({error}): run again where there is a network, or "
-                        f"put a copy of {url} there") from None
 
 # Strokes of the digits 0-9 in two typefaces on a grid of 5 columns, 9 rows: "2048" is from column 2, row 0 to column 4,
 # row 8. A comma starts a new one. The points steer a quadratic B-spline: corners come out round, but sharp if doubled.
@@ -973,22 +897,22 @@ TYPEFACES = ("204048080020|11202028|02004044080848|01004044242444480807|36060630
              "204048080020|02202028,0848|0300404316080848|004040232343480807|10050545,3338|401010030343480807|"
              "30040848441405|01000040402428,1444|20000345480805434020|4344040040433818")
 
-@functools.lru_cache
 def digit_fields():
     """The distance to the nearest stroke at points 1/4 column apart, each typeface round and square: (4,10,53,41)."""
     grid, fields = np.mgrid[-2.5:10.6:0.25, -3:7.1:0.25][::-1].astype(np.float32), []  # x and y
     for digit, square in ((d, square) for face in TYPEFACES for square in (False, True) for d in face.split("|")):
         fields.append(np.full(grid[0].shape, 9, np.float32))
         for stroke in digit.split(","):
-            p = np.array([int(c) for c in stroke], np.float32).reshape(-1, 2)  # a row for each point
+            p = np.array([*stroke], np.float32).reshape(-1, 2)  # a row for each point
             if square:  # midpoints pull the spline towards its corners
                 p = np.insert(p, np.arange(1, len(p)), (p[1:] + p[:-1]) / 2, axis=0)
             for _ in range(3):  # Chaikin: cutting corners again and again leads to the spline
-                cut = np.stack([0.75 * p[:-1] + 0.25 * p[1:], 0.25 * p[:-1] + 0.75 * p[1:]], 1).reshape(-1, 2)
-                p = np.concatenate([p[:1], cut, p[-1:]])
-            for start, way in zip(p[:-1, :, None, None], np.diff(p, axis=0)[:, :, None, None]):
-                t = ((grid - start) * way).sum(0) / np.maximum((way * way).sum(), 1e-9)
-                fields[-1] = np.minimum(fields[-1], np.hypot(*(grid - start - t.clip(0, 1) * way)))
+                p = np.pad(np.repeat(p, 2, axis=0), ((1, 1), (0, 0)), "edge")
+                p = (p[:-2] + 2 * p[1:-1] + p[2:]) / 4
+            way = np.diff(p, axis=0).T[:, :, None, None]
+            from_start = grid[:, None] - p[:-1].T[:, :, None, None]  # (x or y,segment,53,41)
+            t = (from_start * way).sum(0) / np.maximum((way * way).sum(0), 1e-9)
+            fields[-1] = np.minimum(fields[-1], np.hypot(*(from_start - t.clip(0, 1) * way)).min(0))
     return torch.from_numpy(np.stack(fields)).view(-1, 10, *grid[0].shape)
 
 def make_digits(n, seed):
@@ -997,8 +921,7 @@ def make_digits(n, seed):
         return torch.from_numpy(rng.uniform(low, high, (b, 1, 1, 1)).astype(np.float32))
     def normal(scale, *shape):
         return torch.from_numpy(rng.standard_normal((b, *shape), np.float32)) * scale
-    def smooth(scale, channels, points):  # a random surface through points x points heights
-        return F.interpolate(normal(scale, channels, points, points), (32, 32), mode="bicubic", align_corners=True)
+    smooth = functools.partial(F.interpolate, size=(32, 32), mode="bicubic", align_corners=True)
     fields, axis, b = digit_fields(), torch.linspace(-15.5, 15.5, 32), 250
     images, labels = torch.empty((n, 3, 32, 32), dtype=torch.uint8), torch.empty(n, dtype=torch.int64)
     for first in range(0, n, b):
@@ -1006,7 +929,7 @@ def make_digits(n, seed):
         digits = rng.integers(0, 10, (b, 3))  # left, middle, right
         field = fields[rng.integers(0, len(fields), (b, 1)), digits].view(3 * b, 1, *fields.shape[2:])
         # The point of the drawing that each pixel shows: shifted, bent, turned, slanted, scaled.
-        bend, angle, size = smooth(0.85, 2, 5), between(-0.26, 0.26), between(2.3, 3.1)  # px, rad, px a column
+        bend, angle, size = smooth(normal(0.85, 2, 5, 5)), between(-0.26, 0.26), between(2.3, 3.1)  # px, rad, px/column
         x, y = axis + bend[:, :1] + between(-1.8, 1.8), axis[:, None] + bend[:, 1:] + between(-1.8, 1.8)
         x, y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
         x, y = (x + y * between(-0.28, 0.28)) / (size * between(0.82, 1.3)), y / size
@@ -1021,7 +944,7 @@ def make_digits(n, seed):
         contrast = between(0.22, 0.7)
         grey, sign = 0.5 + between(-1, 1) * (0.42 - contrast / 2), between(-1, 1).sign()
         wall = grey - sign * contrast / 2 + normal(0.05, 3, 1, 1)
-        image = torch.lerp(wall + smooth(0.04, 3, 4), wall + normal(0.1, 3, 1, 1), outline)
+        image = torch.lerp(wall + smooth(normal(0.04, 3, 4, 4)), wall + normal(0.1, 3, 1, 1), outline)
         image = torch.lerp(image, grey + sign * contrast / 2 + normal(0.05, 3, 1, 1), ink)
         image = image * (1 + between(-0.01, 0.01) * axis[:, None] + between(-0.01, 0.01) * axis)
         blurred = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)

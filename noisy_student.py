@@ -28,8 +28,8 @@ import pickle
 import signal
 import sys
 import tarfile
-import threading
 import time
+import types
 import typing
 import urllib.request
 import warnings
@@ -201,30 +201,28 @@ def noisy_student(config):
     chain += [(f"student {k}", network) for k, network in enumerate(config.models[1:], 1)]
     teacher = None
     for name, network in chain:
-        model = run.finished(name)  # None, unless an earlier, interrupted run got there
+        model = run.start(name)  # None, unless an earlier, interrupted run got there
         if model is None:
             # The control is the last student's run with the unlabelled part left out, hence the last student's key:
             # a generation's weights and noise start from (seed, key), the order of labelled images from the seed.
             key = chain[-1][0] if name == "supervised" else name
             model = build(network, data, config, key)
-            pseudo = None
             if name.startswith("student"):
                 # Step 2: the un-noised teacher labels the clean unlabelled images.
-                pseudo = run.restored_pseudo(name) or make_pseudo(teacher, data, config, key)
+                run.pseudo = run.pseudo or make_pseudo(teacher, data, config, key)
                 if config.warm_start:
                     model.load_state_dict(teacher.state_dict())
             # Step 1 (teacher, on labelled images) and step 3 (student, on labelled and unlabelled images): noised.
             steps = config.teacher_steps if name == "teacher" else config.steps
-            model = train(model, data, config, pseudo, steps=steps, key=key, run=run.begin(name, network, pseudo))
-            run.finish(name, network, model, pseudo)
+            model = train(model, data, config, run.pseudo, steps=steps, key=key, run=run)
+            run.finish(model)
         teacher = model  # Step 4: the student becomes the teacher (and the real teacher replaces the control here).
     if config.fix_resolution:
         name = f"{chain[-1][0]} at {config.fix_resolution} px"
-        if run.finished(name) is None:
-            size = config.fix_resolution
-            model = fine_tune_resolution(teacher, data, config, size, run=run.begin(name, config.models[-1]))
-            run.finish(name, config.models[-1], model, size=size)
-    return run.close()
+        if run.start(name) is None:
+            run.finish(fine_tune_resolution(teacher, data, config, config.fix_resolution, run=run),
+                       size=config.fix_resolution)
+    return run.results(show=True)
 
 
 # ---- Training ----------------------------------------------------------------------------------------- ([v4]; [code])
@@ -958,70 +956,53 @@ def make_digits(n, seed):
 VERSION = 1
 SAVE_EVERY, REPORT_EVERY = 60.0, 1.0  # seconds; the first is what a killed run loses at most
 
-class Stopped(Exception):
-    """Ctrl-C: the state is saved, and the message says how to go on."""
-
 class Run:
     """One output folder: checkpoint.pt, NAME.pt for each finished generation, results.json, log.jsonl; and the progress
-    line. Files are written under a temporary name, flushed to the disk and renamed: a kill leaves the old one or the
-    new. Of a distributed run only rank 0 writes and prints. A generation goes through
-    finished() -> restored_pseudo() -> begin() -> restore() -> due(), report() ... -> finish()."""
-
+    line. Of a distributed run only rank 0 writes and prints. A generation goes through
+    start() -> restore() -> due(), report() ... -> finish(); `pseudo` is what it learns from, set after start()."""
     def __init__(self, config, data):
         self.config, self.data, self.folder, self.main = config, data, Path(config.out), world_of()[0] == 0
-        self.state, self.records, self.stopping = None, [], False
-        path = self.folder / "checkpoint.pt"
-        if config.resume and path.exists():
-            self.state = load_file(path, "checkpoint")
-            self.records = self.state["generations"]
-            same_config(path, self.state["config"], identity(config))
-        elif self.main:
-            expect(is_free(self.folder), f"{self.folder} is not empty: expected a new output folder; add --resume to"
-                   " go on with the run in it, or choose another --out")
+        self.log, self.stopping = self.folder / "log.jsonl", False
+        if config.resume:
+            self.state = load_checkpoint(self.folder, identity(config))
+        else:
+            expect(not self.main or is_free(self.folder), f"{self.folder} is not empty: expected a new output folder; "
+                   "add --resume to go on with the run in it, or choose another --out")
+            self.state = {"name": None, "generations": [], "log_bytes": 0}
+        self.records, pseudo = self.state["generations"], self.state.get("pseudo")
+        self.pseudo = Pseudo(*pseudo) if pseudo else None
         if self.main:
-            with writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.log = open(self.folder / "log.jsonl", "ab", buffering=0)
-                self.log.truncate(self.state["log_bytes"] if self.state else 0)
-                self.log.seek(0, os.SEEK_END)
-            self.save(self.state or {"name": None})  # an --out that cannot be written is found now, not in an hour
-        if threading.current_thread() is threading.main_thread():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.log, "ab") as log:
+                log.truncate(self.state["log_bytes"])  # the steps after the checkpoint will be done again
+            self.save(self.state)  # an --out that cannot be written is found now, not in an hour
+        with contextlib.suppress(ValueError):  # in a thread there are no signals
             for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 saves; the others wait for it to end them
                 signal.signal(number, self.stop if self.main else signal.SIG_IGN)
 
-    def stop(self, *_):
-        if self.stopping:
-            raise KeyboardInterrupt
+    def stop(self, number, _):
+        signal.signal(number, signal.default_int_handler)  # the second one is a KeyboardInterrupt
         self.stopping = True
         print("\nstopping after this step (again: at once) ...", file=sys.stderr, flush=True)
 
-    def finished(self, name):
-        """The saved network of a generation that an earlier, interrupted run finished, or None."""
+    def start(self, name):
+        """The saved network, if an earlier, interrupted run finished this generation, or None."""
+        self.name, self.path = name, self.folder / f"{name.replace(' ', '_')}.pt"
         if any(r["name"] == name for r in self.records):
-            c = self.config  # a noisy teacher and the fix-resolution fine-tune use its noise again
-            return load_model(self.model_path(name), self.data.labels.device, dropout=c.dropout, survival=c.survival,
-                              bn_momentum=c.bn_momentum)[0]
-
-    def restored_pseudo(self, name):
-        return Pseudo(*self.state["pseudo"]) if self.state and self.state["name"] == name else None
-
-    def begin(self, name, network, pseudo=None):
-        self.name, self.network, self.pseudo, self.seconds = name, network, pseudo, 0.0
-        self.images = self.images_before = self.images_seen = 0  # all; at the start; at the last report
-        self.started = self.seen = self.shown = self.saved = time.monotonic()
-        return self
+            return load_model(self.path, self.data, self.config)[0]
 
     def restore(self, model, ema, optimizer):
-        """Put a saved state of this generation back -> the step to go on from."""
-        if not self.state or self.state["name"] != self.name:
-            return 0
-        state, self.state = self.state, None
-        model.load_state_dict(state["model"])
-        ema.model.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.updates, self.seconds = state["updates"], state["seconds"]
-        self.images = self.images_before = self.images_seen = state["images"]
-        return state["step"]
+        """Start the clock, and put the state of an interrupted generation back -> the step to go on from."""
+        state, self.state = self.state, {}
+        self.images = self.shown = state.get("images", 0)  # since the start of the generation; at the last report
+        self.seen = self.saved = time.monotonic()  # the last report and checkpoint
+        self.started = self.seen - state.get("seconds", 0)
+        if "model" in state:
+            model.load_state_dict(state["model"])
+            ema.model.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            ema.updates = state["updates"]
+        return state.get("step", 0)
 
     def due(self):
         return self.stopping or time.monotonic() - self.seen >= REPORT_EVERY
@@ -1029,212 +1010,183 @@ class Run:
     def report(self, step, steps, lr, loss_labeled, loss_unlabeled, model, ema, optimizer):
         """Show and log the progress; save every minute, at the end and when asked to stop."""
         now = time.monotonic()
-        seconds = self.seconds + now - self.started
-        if self.main:
-            rate = (self.images - self.images_seen) / max(now - self.seen, 1e-9)
-            left = (steps - step) * self.images / step * (now - self.started) / max(1, self.images - self.images_before)
-            unlabeled = f"U {loss_unlabeled:.3f}" if self.pseudo else " " * 7
-            line = (f"{self.name:<12} {self.network:<6} step {step:>6}/{steps}  L {loss_labeled:.3f}  {unlabeled}  "
-                    f"{rate:6.0f} img/s  {clock(left)} left")
-            if sys.stdout.isatty():
-                print("\r" + line, end="\n" if step == steps else "", flush=True)
-            elif now - self.shown > 30 or step == steps:
-                print(line, flush=True)
-                self.shown = now
-            entry = dict(generation=self.name, step=step, learning_rate=lr, seconds=round(seconds, 2),
-                         images_per_second=round(rate), loss_labeled=loss_labeled,
-                         loss_unlabeled=loss_unlabeled if self.pseudo else None)
-            with writing(self.folder):
-                self.log.write(json.dumps(entry).encode() + b"\n")
-        self.seen, self.images_seen = now, self.images
-        if now - self.saved >= SAVE_EVERY or step == steps or self.stopping:
+        seconds, rate = now - self.started, (self.images - self.shown) / max(now - self.seen, 1e-9)
+        self.seen, self.shown = now, self.images
+        if not self.main:
+            return
+        saving = step == steps or self.stopping or now - self.saved >= SAVE_EVERY
+        unlabeled = f"U {loss_unlabeled:.3f}" if self.pseudo else " " * 7
+        line = (f"{self.name:<12} {model.name:<6} step {step:>6}/{steps}  L {loss_labeled:.3f}  {unlabeled}  "
+                f"{rate:6.0f} img/s  {clock(seconds / step * (steps - step))} left")
+        if sys.stdout.isatty():
+            print(f"\r{line}\033[K", end="\n" if step == steps else "", flush=True)  # \033[K clears the rest of a line
+        elif saving:
+            print(line, flush=True)
+        entry = dict(generation=self.name, step=step, learning_rate=lr, seconds=round(seconds, 2),
+                     images_per_second=round(rate), loss_labeled=loss_labeled,
+                     loss_unlabeled=loss_unlabeled if self.pseudo else None)
+        with open(self.log, "a") as log:
+            log.write(json.dumps(entry) + "\n")
+        if saving:
             self.save(dict(name=self.name, step=step, model=model.state_dict(), ema=ema.model.state_dict(),
                            updates=ema.updates, optimizer=optimizer.state_dict(), images=self.images, seconds=seconds,
                            pseudo=tuple(self.pseudo) if self.pseudo else None))
         if self.stopping:
-            raise Stopped(f"stopped at step {step} of {self.name}, nothing is lost; go on with: "
-                          f"python noisy_student.py --resume --out {self.folder}")
+            raise KeyboardInterrupt(f"stopped at step {step} of {self.name}, nothing is lost; go on with: "
+                                    f"python noisy_student.py --resume --out {self.folder}")
 
     def save(self, state):
-        if self.main:
-            save_file(self.folder / "checkpoint.pt", "checkpoint", state | dict(
-                config=identity(self.config), generations=self.records, log_bytes=self.log.tell()))
+        save_file(self.folder / "checkpoint.pt", "checkpoint", state | dict(
+            config=identity(self.config), generations=self.records, log_bytes=self.log.stat().st_size))
         self.saved = time.monotonic()
 
-    def model_path(self, name):
-        return self.folder / f"{name.replace(' ', '_')}.pt"
-
-    def finish(self, name, network, model, pseudo=None, size=None):
+    def finish(self, model, size=None):
         """Evaluate a trained generation, save its network and add its line to the results."""
-        data, config = self.data, self.config
-        seconds = self.seconds + time.monotonic() - self.started
-        self.records = self.records + [{
-            "name": name, "model": network, "params": sum(w.numel() for w in model.parameters()),
+        data, config, pseudo, seconds = self.data, self.config, self.pseudo, time.monotonic() - self.started
+        self.records.append({
+            "name": self.name, "model": model.name, "params": sum(w.numel() for w in model.parameters()),
             "images_seen": self.images, "seconds": round(seconds, 2),
             "kept": pseudo.kept if pseudo else None, "balanced": len(pseudo.rows) if pseudo else None,
             "dev_error": error_rate(model, data.dev_images, data.dev_labels, data, config, size),
             "test_error": error_rate(model, data.test_images, data.test_labels, data, config, size),
             # The paper measures robustness without the fix-resolution fine-tune.
-            "robustness": measure_robustness(model, data, config) if config.robustness and size is None else None}]
-        self.compare()
+            "robustness": measure_robustness(model, data, config) if config.robustness and size is None else None})
+        self.pseudo = None
         if self.main:
-            save_model(self.model_path(name), model, network, data, size)
-        self.state = None
-        self.save({"name": None})
-        self.write_results()
+            save_model(self.path, model, data, size)
+            self.results()
+            self.save({"name": None})
 
-    def compare(self):
-        """Fill in mCE and mFR relative to the supervised control -> the table, or None."""
-        reports = {r["name"]: r["robustness"] for r in self.records if r["robustness"]}
-        return robustness_table(reports) if reports else None
-
-    def write_results(self):
+    def results(self, show=False):
+        """Write results.json, the robustness relative to the control included; show: and the tables -> its content."""
         results = {"config": asdict(self.config), "generations": self.records}
+        reports = {r["name"]: r["robustness"] for r in self.records if r["robustness"]}
+        tables = [results_table(self.records)] + ([robustness_table(reports)] if reports else [])
         if self.main:
-            text = json.dumps(results, indent=1).encode() + b"\n"
-            with writing(self.folder):
-                replace_file(self.folder / "results.json", lambda file: file.write(text))
-        return results
-
-    def close(self):
-        """Print the tables -> the results."""
-        results = self.write_results()
-        if self.main:
-            self.log.close()
-            print("\n" + "\n\n".join(filter(None, [results_table(self.records), self.compare()])))
-            print(f"\nwrote {self.folder / 'results.json'}")
-            if self.config.plot:
-                plot(self.config, self.data, self.records)
+            text, path = json.dumps(results, indent=1) + "\n", self.folder / "results.json"
+            replace_file(path, lambda file: file.write(text.encode()))
+            if show:
+                print("\n" + "\n\n".join([*tables, f"wrote {path}"]))
+                if self.config.plot:
+                    plot(self.config, self.data, self.records)
         return results
 
 def is_free(folder):
     """Whether a run may write here: there is at most what a run leaves that was killed before its first checkpoint."""
-    with writing(folder):
-        return not folder.exists() or not {p.name for p in folder.iterdir()} - {"log.jsonl", "checkpoint.pt.tmp"}
+    return not folder.exists() or not {p.name for p in folder.iterdir()} - {"log.jsonl", "checkpoint.pt.tmp"}
 
 def identity(config):
     """The part of a configuration that decides the results: what --resume compares."""
     skip = {f.name for f in fields(Config) if f.metadata.get("action")} | {"out", "plot", "memory"}
     return {name: value for name, value in asdict(config).items() if name not in skip}
 
-def same_config(path, saved, wanted):
-    for name, value in wanted.items():
-        if name in saved and saved[name] != value:
-            raise UserError(f"{path} was made with {name} = {saved[name]}, and this run has {name} = {value}: drop "
-                            "the flag, or choose another --out for a new run")
-
-@contextlib.contextmanager
-def writing(path):
-    """Turn a failure to write into one line (torch reports a full disk as a RuntimeError)."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}; make room, or "
-                        "choose another --out (the files already there are intact)") from None
-
-def first_line(error):
-    return str(error).partition("\n")[0][:120]
-
 def replace_file(path, write):
-    """Call write(file) on a temporary file beside `path`, flush it to the disk and rename it."""
+    """Call write(file) on a temporary file, flush it to the disk and rename it: whatever happens, the old file or the
+    new one is there, whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise
+        raise UserError(f"cannot write {path} ({first_line(error)}); make room, or choose another --out (the files "
+                        "already there are intact)") from None
+
+def first_line(error):
+    return str(error).partition("\n")[0][:120]
 
 def save_file(path, kind, content):
-    with writing(path):
-        replace_file(path, lambda file: torch.save(content | {"kind": kind, "version": VERSION}, file))
+    replace_file(path, lambda file: torch.save(content | {"kind": kind, "version": VERSION}, file))
 
 def load_file(path, kind):
     """What save_file wrote: tensors and plain values only, of this kind and version."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"{path} is not a {kind} that can be read ({first_line(error)}): expected one that a run "
-                        "of this program wrote; delete it or choose another") from None
-    found = (content.get("kind"), content.get("version")) if isinstance(content, dict) else type(content).__name__
-    if found != (kind, VERSION):
-        raise UserError(f"{path}: found {found}, expected a {kind} of version {VERSION}; use the program that wrote it")
+        found = content["kind"], content["version"]
+    except Exception as error:  # a damaged or foreign file can fail in any way
+        raise UserError(f"{path} is not a {kind} that a run of this program wrote ({first_line(error)})") from None
+    expect(found == (kind, VERSION), f"{path}: found {found}, expected a {kind} of version {VERSION}")
     return content
 
-def save_model(path, model, network, data, size=None):
-    save_file(path, "model", dict(network=network, num_classes=data.num_classes, mean=data.mean.cpu(),
+def load_checkpoint(folder, wanted):
+    """The state of the run in a folder, which must agree with the {name: value} of `wanted`."""
+    path = Path(folder) / "checkpoint.pt"
+    expect(path.exists(), f"{path} does not exist: there is nothing to resume; run the same command without --resume")
+    state = load_file(path, "checkpoint")
+    for name, value in state["config"].items():
+        expect(wanted.get(name, value) == value, f"{path} was made with {name} = {value}, and this run has {name} = "
+               f"{wanted.get(name)}: drop the flag, or choose another --out for a new run")
+    return state
+
+def save_model(path, model, data, size=None):
+    save_file(path, "model", dict(network=model.name, num_classes=data.num_classes, mean=data.mean.cpu(),
                                   std=data.std.cpu(), size=size, small_images=is_small(data),
                                   weights=model.state_dict()))
 
-def load_model(path, device, **noise):
-    """(network in evaluation mode, the file's other entries)."""
+def load_model(path, data, config):
+    """(network in evaluation mode, all that save_model wrote); the noise, for further training, is config's."""
     info = load_file(path, "model")
-    model = EfficientNet(info["network"], info["num_classes"], small_images=info["small_images"], **noise)
-    model.load_state_dict(info.pop("weights"))
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), info
+    expect((info["num_classes"], info["small_images"]) == (data.num_classes, is_small(data)),
+           f"{path} is for {info['num_classes']} classes, {config.dataset} has {data.num_classes} (or images of another"
+           " size): give the --dataset it was trained on")
+    model = build(info["network"], data, config)
+    model.load_state_dict(info["weights"])
+    return model.eval().requires_grad_(False), info
 
 def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 def results_table(records):
+    """A line for each generation: the first column left-aligned, the others right-aligned."""
     rows = ["generation,network,parameters,kept,balanced,dev error,test error,images seen,time".split(",")]
     for r in records:
         kept, balanced = (f"{r[k]:,}" if r[k] else "-" for k in ("kept", "balanced"))
-        rows.append((r["name"], r["model"], f"{r['params']:,}", kept, balanced, f"{r['dev_error']:.2%}",
-                     f"{r['test_error']:.2%}", f"{r['images_seen']:,}", clock(r["seconds"])))
-    return align(rows)
-
-def align(rows):
-    """Columns of text: the first left-aligned, the others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-                     for row in rows)
+        rows.append([r["name"], r["model"], f"{r['params']:,}", kept, balanced, f"{r['dev_error']:.2%}",
+                     f"{r['test_error']:.2%}", f"{r['images_seen']:,}", clock(r["seconds"])])
+    first, *others = ([cell.rjust(max(map(len, column))) for cell in column] for column in zip(*rows))
+    return "\n".join("  ".join([cell.strip().ljust(len(cell)), *line]) for cell, *line in zip(first, *others))
 
 def plot(config, data, records):
-    """OUT/noisy_student.png: error by generation, training curves, what teacher and student see, robustness."""
+    """OUT/noisy_student.png: error by generation, training curves, robustness, what teacher and student see."""
     try:
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install it, and --resume --plot draws the finished run") from None
-    folder, names = Path(config.out), [r["name"] for r in records]
-    figure, grid = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    (errors, curves, table), (corrupted, attacked, _) = grid
-    errors.bar(names, [100 * r["test_error"] for r in records], color=["grey"] + ["tab:blue"] * (len(names) - 1))
-    errors.set(title="test error, %")
+    folder, figure, width = Path(config.out), Figure(figsize=(14, 7), layout="constrained"), 0.8 / len(records)
+    panels = figure.subplot_mosaic([["error", "loss", "robustness"], ["images"] * 3], height_ratios=(3, 2))
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    for name in names:
-        mine = [e for e in entries if e["generation"] == name]
-        line, = curves.plot([e["step"] for e in mine], [e["loss_labeled"] for e in mine], label=name)
-        if mine and mine[0]["loss_unlabeled"] is not None:
-            curves.plot([e["step"] for e in mine], [e["loss_unlabeled"] for e in mine], ":", color=line.get_color())
-    curves.set(title="loss: labelled (line), unlabelled (dots)", xlabel="step")
-    curves.legend()
-    reports = {r["name"]: r["robustness"] for r in records if r["robustness"]}
-    for k, (name, r) in enumerate(reports.items()):
-        mean = [100 * float(np.mean(e)) for e in r["corruption_errors"].values()]
-        corrupted.barh(np.arange(len(mean)) + 0.2 * k, mean, 0.2, label=f"{name}: mCE {r['mce'] or math.nan:.0f}")
-        attacked.plot([int(e) for e in r["fgsm"]], [100 * e for e in r["fgsm"].values()], "o-", label=name)
-        corrupted.set_yticks(np.arange(len(mean)), list(r["corruption_errors"]))
-    corrupted.set(title="error under corruptions, %")
-    corrupted.legend(loc="lower right")
-    attacked.set(title="error under FGSM, %", xlabel="epsilon, in 0-255 units")
-    attacked.legend()
-    # A strip of unlabelled images: what the teacher labels (clean) above what the student learns from (noised).
-    device = data.labels.device
-    images = gather(data.unlabeled_images, torch.arange(min(6, len(data.unlabeled_images))), device)
+    for k, r in enumerate(records):
+        color, report = f"C{k - 1}" if k else "grey", r["robustness"]  # grey: the control
+        bar = panels["error"].bar(f"{r['name']}\n{r['model']}", 100 * r["test_error"], color=color)
+        panels["error"].bar_label(bar, fmt="%.1f")
+        for loss, style in ("loss_labeled", ".-"), ("loss_unlabeled", ".:"):
+            points = [(e["step"], e[loss]) for e in entries if e["generation"] == r["name"] and e[loss] is not None]
+            panels["loss"].plot(*np.reshape(points, (-1, 2)).T, style, color=color, markersize=3)
+        if report:
+            errors = {"clean": report["clean_error"], "corrupted": np.mean([*report["corruption_errors"].values()]),
+                      **{f"FGSM\n{epsilon}": e for epsilon, e in report["fgsm"].items()}, "PGD": report["pgd"]["error"]}
+            at = np.arange(len(errors))
+            panels["robustness"].bar(at + k * width, 100 * np.array([*errors.values()]), width, color=color,
+                                     label=f"{r['name']}: mCE {report['mce'] or math.nan:.0f}")
+            panels["robustness"].set_xticks(at + 0.4 - width / 2, errors)
+            panels["robustness"].legend()
+    images = gather(data.unlabeled_images, torch.arange(min(12, len(data.unlabeled_images))), data.labels.device)
     with torch.no_grad():
-        p = load_model(folder / "teacher.pt", device)[0](normalise(images, data)).softmax(1).cpu()
-    noised = add_noise(images, config, data.flip)
-    strip = torch.cat([torch.cat([*pair], 1) for pair in zip(images, noised)], 2)                           # (3,2H,6W)
-    table.imshow(strip.permute(1, 2, 0).cpu())
-    W = images.shape[3]
-    table.set_xticks([W * (k + 0.5) for k in range(len(images))], [f"{int(q.argmax())}\n{q.max():.2f}" for q in p])
-    table.set(title="teacher sees (above), student sees; label, confidence", yticks=[])
-    grid[1, 2].axis("off")
-    figure.savefig(folder / "noisy_student.png", dpi=80)
+        p = load_model(folder / "teacher.pt", data, config)[0](normalise(images, data)).softmax(1)
+    noised = add_noise(images, config, data.flip) if config.unlabeled_augment else images
+    strip = F.pad(torch.cat([images, noised], 2), (1, 1), value=255)  # (N,3,2H,W+2)
+    panels["images"].imshow(strip.permute(2, 0, 3, 1).flatten(1, 2).cpu())  # (2H,N(W+2),3)
+    panels["images"].set_xticks([strip.shape[3] * (k + 0.5) for k in range(len(images))],
+                                [f"{int(q.argmax())}: {q.max():.2f}" for q in p])
+    panels["images"].set_yticks([strip.shape[2] / 4, strip.shape[2] * 3 / 4], ["teacher sees", "student sees"])
+    for panel, title in dict(error="test error, %", loss="training loss over the steps; dotted: of unlabelled images",
+                             robustness="error under corruptions and attacks, %",
+                             images="unlabelled images; the teacher's label and its confidence").items():
+        panels[panel].set_title(title)
+    figure.savefig(folder / "noisy_student.png", dpi=100)
 
 
 # ---- Machine and command line ----------------------------------------------------------------------------------------
@@ -1256,12 +1208,10 @@ def setup(config):
     """Choose the device, and join the other processes under torchrun -> torch.device."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     try:
-        device = torch.device(name)
-        expect(device.type in ("cpu", "cuda"), f"--device {config.device}: expected auto, cpu or cuda")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        expect(device.type in ("cpu", "cuda"), "it was never tried")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (UserError, RuntimeError, AssertionError) as error:
         raise UserError(f"--device {config.device} cannot be used ({first_line(error)}): expected auto, cpu, or a "
                         "GPU of this machine") from None
     if device.type == "cuda":
@@ -1270,212 +1220,158 @@ def setup(config):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, world = efficientnet.SHARD = world_of()
-    if config.batch % world:
-        raise UserError(f"--batch {config.batch} cannot be shared by {world} processes: expected a multiple of {world}")
+    expect(config.batch % world == 0, f"--batch {config.batch}: expected a multiple of the {world} processes")
     return device
 
+def trial(device):
+    """Data of 1,000 unlabelled digits, and pseudo labels, for timing."""
+    data = load_data(Config(labels=80, unlabeled=1000, dev=10, test=10)).to(device, math.inf)
+    return data, Pseudo(torch.arange(1000), torch.full((1000, 10), 0.1), 1000)
+
+def timed(function, calls=5):
+    """Seconds per call, after one to warm up."""
+    function()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+def step_seconds(network, data, pseudo, config, steps=11):
+    """Seconds per step of train() itself, after one to warm up."""
+    times = []
+    watch = types.SimpleNamespace(images=0, restore=lambda *_: 0, due=lambda: not times,  # in the place of a Run
+                                  report=lambda *_: times.append(time.perf_counter()))
+    train(build(network, data, config), data, config, pseudo, steps=steps, run=watch)
+    return (times[1] - times[0]) / (steps - 1)
+
 def benchmark(config):
-    """Print images/s of augmentation, labelling and a student step, and the peak memory, on random images."""
-    device = setup(config)
-    data, pseudo = random_data(config, device)
-    images = data.unlabeled_images[:config.batch * (1 + config.ratio)]
-    print(f"{device}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads; random 32x32 images; a step has "
-          f"{config.batch} labelled and {len(images) - config.batch} unlabelled ones")
-    seconds = timed(lambda: add_noise(images, config, data.flip), device)
-    rows = [("network", "augmentation img/s", "labelling img/s", "student step img/s", "ms per step")]
+    """Print images/s of augmentation, labelling and a student step, and the peak memory, on 32x32 images."""
+    device, batch = setup(config), config.batch * (1 + config.ratio)
+    data, pseudo = trial(device)
+    images = data.unlabeled_images
+    augment = timed(lambda: add_noise(images, config, data.flip).amax().item())  # item() waits for a GPU
+    print(f"{device}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads, 32x32 images\n"
+          f"augmentation {len(images) / augment:,.0f} images/s")
     for network in dict.fromkeys(config.models):
         model = build(network, data, config).eval()
-        label = timed(lambda: pseudo_label(model, data.unlabeled_images, data, config), device)
+        label = timed(lambda: pseudo_label(model, images, data, config))
         step = step_seconds(network, data, pseudo, config)
-        rows.append((network, f"{len(images) / seconds:.0f}", f"{len(data.unlabeled_images) / label:.0f}",
-                     f"{len(images) / step:.0f}", f"{1000 * step:.1f}"))
+        print(f"{network}: labelling {len(images) / label:,.0f} images/s, student step {batch / step:,.0f} images/s "
+              f"({1000 * step:,.1f} ms for {config.batch} labelled and {batch - config.batch} unlabelled ones)")
     if device.type == "cuda":
-        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the device"
+        peak = torch.cuda.max_memory_allocated()
     else:
         import resource  # absent on Windows
-        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, the whole process"
-    print(f"{align(rows)}\npeak memory: {peak}")
-
-def random_data(config, device):
-    """Random images and pseudo labels of the data set's shapes, for timing."""
-    n = max(1000, config.batch * config.ratio)
-    images, labels = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8), torch.arange(n) % 10
-    data = Data(images, labels, images, images, labels, images, labels, 10, torch.full((3,), 0.5),
-                torch.full((3,), 0.25), config.dataset == "cifar10")
-    return data.to(device, config.memory), Pseudo(torch.arange(n), torch.full((n, 10), 0.1), n)
-
-def timed(function, device, seconds=2.0):
-    """Median seconds per call, after one to warm up."""
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
-
-def step_seconds(network, data, pseudo, config):
-    """Seconds per training step: the training loop itself, 5 steps less 1; where a step takes seconds, that step."""
-    model, device, start = build(network, data, config), data.labels.device, time.perf_counter()
-    train(model, data, config, pseudo, steps=1)
-    if (once := time.perf_counter() - start) > 3:
-        return once
-    one, five = (timed(lambda: train(model, data, config, pseudo, steps=n), device, n) for n in (1, 5))
-    return max(five - one, 1e-9) / 4
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory {peak / 2**30:.2f} GiB")
 
 def dry_run(config):
-    """Print every value with its source, and the time that the run would take here."""
-    device, recipe = setup(config), recipe_of(config.preset, config.dataset)
+    """Print every value with its source, and the time that training would take here."""
+    device, recipe, models = setup(config), recipe_of(config.preset, config.dataset), config.models
     for f in fields(Config):
         if not f.metadata.get("action"):
             value = getattr(config, f.name)
             default = value == f.default or f.name in ("out", "robustness")
             origin = "preset" if recipe.get(f.name, f) == value else "default" if default else "flag"
             print(f"{f.name:<22} {str(value):<26} {origin:<8} {f.metadata['source']}")
-    data, pseudo = random_data(config, device)
-    plan = [("supervised", config.models[-1], config.steps, None),
-            ("teacher", config.models[0], config.teacher_steps or config.steps, None)]
-    plan += [(f"student {k}", network, config.steps, pseudo) for k, network in enumerate(config.models[1:], 1)]
-    print(f"\nestimated training time on {device}, from a few steps on random 32x32 images:")
-    total, step = 0.0, functools.lru_cache(None)(lambda network, labels: step_seconds(
-        network, data, pseudo if labels else None, config))
-    for name, network, steps, part in plan:
-        seconds = step(network, part is not None) * steps
-        total += seconds
-        print(f"{name:<12} {network:<6} {steps:>8,} steps {seconds / 60:10.1f} min")
-    print(f"{'all':<34} {total / 60:10.1f} min")
+    data, pseudo = trial(device)
+    control, teacher = (step_seconds(network, data, None, config) for network in (models[-1], models[0]))
+    students = sum(step_seconds(network, data, pseudo, config) for network in models[1:])
+    seconds = (control + students) * config.steps + teacher * (config.teacher_steps or config.steps)
+    print(f"\nestimated training time on {device}, with 32x32 images: {seconds / 60:,.1f} minutes")
 
 def evaluate(config):
     """Measure a saved network again: dev and test error, and its robustness beside that of the supervised control."""
-    device = setup(config)
+    device, path = setup(config), Path(config.evaluate)
     data = load_data(config).to(device, config.memory)
-    model, info = load_model(config.evaluate, device)
-    if info["num_classes"] != data.num_classes or info["small_images"] != is_small(data):
-        raise UserError(f"{config.evaluate} is for {info['num_classes']} classes, {config.dataset} has "
-                        f"{data.num_classes} (or images of another size): give the --dataset it was trained on")
-    data = replace(data, mean=info["mean"].to(device), std=info["std"].to(device))
-    size = info["size"]  # of a fix-resolution fine-tune
+    model, info = load_model(path, data, config)
+    data, size = replace(data, mean=info["mean"].to(device), std=info["std"].to(device)), info["size"]
     print(f"dev error {error_rate(model, data.dev_images, data.dev_labels, data, config, size):.2%}")
     print(f"test error {error_rate(model, data.test_images, data.test_labels, data, config, size):.2%}")
     if config.robustness:
-        beside = [Path(config.evaluate).with_name("supervised.pt"), Path(config.evaluate)]
-        reports = {path.stem: measure_robustness(load_model(path, device)[0], data, config)
-                   for path in dict.fromkeys(beside) if path.exists()}
+        reports = {p.stem: measure_robustness(load_model(p, data, config)[0], data, config)
+                   for p in dict.fromkeys([path.with_name("supervised.pt"), path]) if p.exists()}
         print(robustness_table(reports, reference=next(iter(reports))))
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
 
 def recipe_of(preset, dataset):
     recipes = PRESETS[preset]
-    recipe = recipes.get(dataset, recipes.get("folder"))
-    if recipe is None:
-        raise UserError(f"--preset {preset} has no recipe for {dataset!r}: expected --dataset {' or '.join(recipes)}")
-    return recipe
-
-def parse_args(argv=None):
-    """Command line -> Config. Its fields are the flags; the preset of the data set fills in what no flag gives."""
-    parser = Parser(prog="noisy_student.py", description="Noisy Student Training", argument_default=argparse.SUPPRESS,
-                    allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, 60, 32, 120))
-    hints = typing.get_type_hints(Config)
-    for f in fields(Config):
-        kinds = [kind for kind in typing.get_args(hints[f.name]) if kind is not type(None)] or [hints[f.name]]
-        more = {"help": f.metadata["source"].replace("%", "%%")}
-        if kinds == [bool]:
-            more["action"] = "store_true" if f.metadata.get("action") else argparse.BooleanOptionalAction
-        elif f.name == "models":
-            more |= dict(nargs="+", metavar="NETWORK")
-        elif f.name == "interval":
-            more |= dict(nargs=2, type=float, metavar=("LOW", "HIGH"))
-        else:
-            none = type(None) in typing.get_args(hints[f.name])
-            more |= dict(type=optional(kinds[0]) if none else kinds[0], choices=f.metadata.get("choices"))
-            more |= {} if more["choices"] else {"metavar": kinds[0].__name__.upper()}
-        parser.add_argument("--" + f.name.replace("_", "-"), **more)
-    parser.add_argument("--pretrain-then-finetune", dest="joint", action="store_false", help="the same as --no-joint")
-    given = vars(parser.parse_args(argv))
-    given |= {name: tuple(given[name]) for name in ("models", "interval") if name in given}
-    preset, dataset = given.get("preset", "demo"), given.get("dataset", "digits")
-    folder = "runs/" + (Path(dataset).name or "folder")
-    if given.get("resume"):  # the saved configuration, which a flag may repeat but not change
-        path = Path(given.setdefault("out", folder)) / "checkpoint.pt"
-        if path.exists():
-            saved = load_file(path, "checkpoint")["config"]
-            same_config(path, saved, given)
-            return Config(**saved | given)
-        raise UserError(f"{path} does not exist: there is nothing to resume; run the same command without --resume")
-    if "steps" in given:  # every generation's, the teacher's included
-        given.setdefault("teacher_steps", None)
-    return complete(Config(**recipe_of(preset, dataset) | given))
+    expect(dataset in recipes or "folder" in recipes,
+           f"--preset {preset} has no recipe for {dataset!r}: expected --dataset {' or '.join(recipes)}")
+    return recipes.get(dataset) or recipes.get("folder")
 
 def optional(kind):
     """An argparse type that also takes none and all, which mean None."""
-    def convert(text):
+    def number(text):
         return None if text in ("none", "all") else kind(text)
-    convert.__name__ = kind.__name__  # argparse prints it
-    return convert
+    return number
+
+def parse_args(argv=None):
+    """Command line -> Config. Its fields are the flags; the preset of the data set fills in what no flag gives."""
+    parser = argparse.ArgumentParser("noisy_student.py", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.error = lambda message: expect(False, f"{message}; see --help")
+    several = {"models": dict(nargs="+"), "interval": dict(nargs=2, type=float)}
+    for f in fields(Config):
+        kind, *none = typing.get_args(f.type) or [f.type]
+        how = several.get(f.name) or dict(type=optional(kind) if none else kind, choices=f.metadata.get("choices"))
+        if kind is bool:
+            how = {"action": "store_true" if f.metadata.get("action") else argparse.BooleanOptionalAction}
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["source"].replace("%", "%%"), **how)
+    parser.add_argument("--pretrain-then-finetune", dest="joint", action="store_false", help="the same as --no-joint")
+    given = {name: tuple(value) if name in several else value for name, value in vars(parser.parse_args(argv)).items()}
+    dataset = given.get("dataset", "digits")
+    if given.get("resume"):  # the saved configuration, which a flag may repeat but not change
+        folder = given.setdefault("out", "runs/" + (Path(dataset).name or "folder"))
+        return Config(**load_checkpoint(folder, given)["config"] | given)
+    return complete(Config(**recipe_of(given.get("preset", "demo"), dataset) | given))
 
 def out_of_memory(config):
-    """One line with a labelled batch that would fit, from the peak that one step of an eighth of the batch needs."""
-    try:
+    """One line with a labelled batch that would fit, from the peak of a few steps with an eighth of the batch."""
+    small = replace(config, batch=max(1, config.batch // 8), compile=False)
+    fits = small.batch
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):
         torch.cuda.empty_cache()
-        small = replace(config, batch=max(1, config.batch // 8), compile=False)
-        data, pseudo = random_data(small, torch.device("cuda"))
-        base = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        train(build(config.models[-1], data, small), data, small, pseudo, steps=2)
-        each = (torch.cuda.max_memory_allocated() - base) / small.batch
-        torch.cuda.empty_cache()
-        fits = int(0.9 * torch.cuda.mem_get_info()[0] / each)
-    except torch.OutOfMemoryError:
-        fits = config.batch // 8
-    return (f"the GPU is out of memory with --batch {config.batch} --ratio {config.ratio}: about --batch "
+        free = torch.cuda.mem_get_info()[0]
+        step_seconds(config.models[-1], *trial(torch.device("cuda")), small)
+        fits = int(0.9 * free / torch.cuda.max_memory_allocated() * small.batch)
+    return (f"error: the GPU is out of memory with --batch {config.batch} --ratio {config.ratio}: about --batch "
             f"{max(1, min(fits, config.batch // 2))} would fit; choose that, a lower --ratio, or smaller --models")
-
-def keep_freed_memory():
-    """Ask glibc to keep freed memory: handing tensors back and faulting them in costs 5-25% of a CPU step."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
 
 def main(argv=None):
     """Run the command line -> exit status: 0 done, 2 an error that one line explains, 130 stopped by Ctrl-C."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
     warnings.simplefilter("always", UserWarning)  # a class may vanish in every generation
     warnings.filterwarnings("ignore", "Grad strides do not match|.*broadcast_buffers")  # DDP's, harmless
-    handlers, full = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)], False
-    keep_freed_memory()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library than glibc
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD: keep freed memory, for
+            ctypes.CDLL(None).mallopt(option, value)      # faulting it in again costs 5-25% of a CPU step
+    handlers, status = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, 2
     try:
         config = parse_args(argv)
-        action = dry_run if config.dry_run else benchmark if config.benchmark else noisy_student
-        (evaluate if config.evaluate else action)(config)
+        actions = {evaluate: config.evaluate, dry_run: config.dry_run, benchmark: config.benchmark, noisy_student: True}
+        next(action for action, wanted in actions.items() if wanted)(config)
         return 0
-    except UserError as error:
-        print(f"noisy_student.py: error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        full = True
+    except (UserError, OSError) as error:  # OSError: a file or folder that cannot be read or written
+        message = f"error: {error}"
+    except torch.cuda.OutOfMemoryError:
+        message = None  # for below, where the network that did not fit is gone
     except (RuntimeError, MemoryError) as error:
-        lost, memory = world_of()[0] > 0, isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        if not lost and not memory:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            message = "error: out of memory; lower --batch, --ratio or --unlabeled"
+        elif world_of()[0] > 0:
+            message = "error: another process stopped"
+        else:
             raise
-        advice = "out of memory; lower --batch, --ratio or --unlabeled" if memory else "another process stopped"
-        print(f"noisy_student.py: error: {advice} ({first_line(error)})", file=sys.stderr)
-        return 2
-    except (Stopped, KeyboardInterrupt) as stop:
-        print(f"\nnoisy_student.py: {str(stop) or 'interrupted; add --resume to go on'}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        message, status = str(stop) or "interrupted; add --resume to go on", 130
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers:
+        with contextlib.suppress(ValueError):  # in a thread
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if dist.is_available() and dist.is_initialized():
+        if world_of()[1] > 1:
             dist.destroy_process_group()
-    if full:  # here the failed network is gone
-        print(f"noisy_student.py: error: {out_of_memory(config)}", file=sys.stderr)
-        return 2
+    print(f"noisy_student.py: {message or out_of_memory(config)}", file=sys.stderr)
+    return status
 
 if __name__ == "__main__":
     sys.exit(main())

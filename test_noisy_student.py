@@ -554,12 +554,12 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path, capsys, mo
 
 def test_out_of_memory_suggests_a_batch_that_fits(capsys, monkeypatch):
     """On a pretended GPU of 1 GiB where an image of the labelled batch costs 100 MiB."""
-    random_data = ns.random_data
+    trial = ns.trial
     def too_much(config):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(ns, "noisy_student", too_much)
-    monkeypatch.setattr(ns, "random_data", lambda config, device: random_data(config, torch.device("cpu")))
-    for name, value in dict(empty_cache=None, reset_peak_memory_stats=None, memory_allocated=0, max_memory_allocated=400 << 20,
+    monkeypatch.setattr(ns, "trial", lambda device: trial(torch.device("cpu")))
+    for name, value in dict(empty_cache=None, reset_peak_memory_stats=None, max_memory_allocated=400 << 20,
                             mem_get_info=(1 << 30, 1 << 30)).items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     assert ns.main([*SMALL, "--batch", "32"]) == 2  # the trial runs 32 / 8 = 4 of them

@@ -166,7 +166,7 @@ def complete(config):
     expect(0 <= low < high <= 1, f"--interval is {low} {high}: expected 0 <= LOW < HIGH <= 1")
     names, out, robustness = config.models, config.out, config.robustness
     expect(len(names) >= 2, f"--models is {' '.join(names)}: expected a teacher and at least one student")
-    expect(not config.warm_start or len({*names}) == 1, f"--models is {' '.join(names)}: --warm-start expects equal ones")
+    expect(not config.warm_start or len({*names}) == 1, f"--models is {' '.join(names)}: --warm-start needs equal ones")
     for name in names:
         expect(name in FAMILY, f"unknown network {name!r} in --models: expected some of {', '.join(FAMILY)}")
     with torch.device("meta"):
@@ -683,12 +683,13 @@ def robustness_table(reports, reference="supervised"):
 
 def load_cifar10_c(folder):
     """Folder of CIFAR-10-C -> ({corruption: mapped uint8 (severity,n,3,32,32)}, labels int64 (n,)), or UserError."""
-    files = {name: read_npy(Path(folder, f"{name}.npy")) for name in ("labels", *CIFAR10_C)}
-    n = files["labels"].size // 5
-    for name, a in files.items():
-        expect(n and a.dtype.kind in "iu" and np.array_equal(a, np.tile(a[:n], 5)) if name == "labels" else
-               a.dtype == np.uint8 and a.shape == (5 * n, 32, 32, 3),
-               f"found {a.dtype} {a.shape} in {name}.npy; expected CIFAR-10-C's (no other labels later)")
+    files = {}
+    for name in ("labels", *CIFAR10_C):
+        with explained(f"{folder}/{name}.npy is not CIFAR-10-C's", "unpack CIFAR-10-C.tar there again"):
+            a = files[name] = np.load(Path(folder, f"{name}.npy"), mmap_mode="r")
+            n = files["labels"].size // 5
+            expect(n and a.dtype.kind in "iu" and np.array_equal(a, np.tile(a[:n], 5)) if name == "labels" else
+                   a.dtype == np.uint8 and a.shape == (5 * n, 32, 32, 3), f"found {a.dtype} {a.shape}")
     labels = torch.from_numpy(files.pop("labels")[:n].astype(np.int64))
     return {name: a.reshape(5, n, 32, 32, 3).transpose(0, 1, 4, 2, 3) for name, a in files.items()}, labels
 
@@ -698,6 +699,7 @@ def measure_robustness(model, data, config):
     predict = precision(data.labels.device, config)(lambda x: model(normalise(x, data)).float())
     return robustness(predict, data.test_images, data.test_labels, num_images=config.robustness_images,
                       cifar10_c=files and load_cifar10_c(files))
+
 
 # ---- Data ---------------------------------------------------------------------------- (SVHN split: the official code)
 # A whole data set is one uint8 tensor (N,3,H,W) and a batch is images[index]: no loader, no workers.
@@ -746,7 +748,8 @@ def load_data(config):
     dev = max(1, min(1000, N // 10)) if config.dev is None else config.dev
     dev, order = np.split(shuffled(N), [dev])
     own = source == name and not config.extra and (name in DATASETS or not Path(name, "unlabeled_images.npy").exists())
-    n, most = config.labels or len(order), len(order) - own  # one image at least has to be left as an unlabelled one
+    most = len(order) - own  # one image at least has to be left as an unlabelled one
+    n = len(order) if config.labels is None else config.labels
     expect(K <= n <= most, f"--labels {n} --dev {len(dev)}: expected {K} (one per class) to {most} labels; unlabelled "
            f"images must be left of the {N}, or come from elsewhere (--unlabeled-dataset; SVHN: --extra)")
     order, turns = np.random.default_rng([config.seed, 0]).permutation(order), [itertools.count() for _ in range(K)]
@@ -874,12 +877,14 @@ def fetch(file, config):
         part.parent.mkdir(parents=True, exist_ok=True)
         have = part.stat().st_size if part.exists() else 0
         if have < size:
+            print(f"fetching {url} ({size / 1e6:.0f} MB) to {path}", file=sys.stderr)
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
             with urllib.request.urlopen(request, timeout=30) as response, \
                     open(part, "ab" if response.status == 206 else "wb") as out:  # 200: from the start, after all
-                while data := response.read(1 << 20):
+                while out.tell() <= size and (data := response.read(1 << 20)):
                     out.write(data)
-                    print(f"fetching {url} to {path}: {out.tell() / size:4.0%}", end="\r", file=sys.stderr)
+                    if sys.stderr.isatty():
+                        print(f"{out.tell() / size:4.0%}", end="\r", file=sys.stderr)
                 have = out.tell()
         expect(have >= size, f"the connection ended after {have:,} of {size:,} bytes")
         found = hashlib.md5(np.memmap(part, mode="r"), usedforsecurity=False).hexdigest()
@@ -1236,7 +1241,7 @@ def timed(function, calls=5):
         function()
     return (time.perf_counter() - start) / calls
 
-def step_seconds(network, data, pseudo, config, steps=11):
+def step_seconds(network, data, pseudo, config, steps=6):
     """Seconds per step of train() itself, after one to warm up."""
     times = []
     watch = types.SimpleNamespace(images=0, restore=lambda *_: 0, due=lambda: not times,  # in the place of a Run
@@ -1351,8 +1356,10 @@ def main(argv=None):
         actions = {evaluate: config.evaluate, dry_run: config.dry_run, benchmark: config.benchmark, noisy_student: True}
         next(action for action, wanted in actions.items() if wanted)(config)
         return 0
-    except (UserError, OSError) as error:  # OSError: a file or folder that cannot be read or written
+    except UserError as error:
         message = f"error: {error}"
+    except OSError as error:
+        message = f"error: {error}: cannot be read or written; make room, or choose another --out or --data-dir"
     except torch.cuda.OutOfMemoryError:
         message = None  # for below, where the network that did not fit is gone
     except (RuntimeError, MemoryError) as error:

@@ -10,10 +10,8 @@ The noise is RandAugment (randaugment.py) on the images, dropout and stochastic 
 Shapes: N or B images in a batch, U unlabelled images in a batch, M unlabelled images in all, C channels, H, W pixels,
 K classes. Images are uint8 (N,3,H,W) tensors that live on the device; a batch is `images[rows]`.
 
-Rooms: configuration - Algorithm 1 - training - pseudo labels - fix-resolution fine-tune - robustness - data -
-checkpoints - machine and command line. Sources: [v4] the final paper, [v1] and [v2] earlier versions of it on arXiv,
-[code] the official code, google-research/noisystudent. The README maps the paper's sections and tables to functions.
-Deviations from the paper are marked `ours:` where they happen and are listed in the README.
+Sources: [v4] the final paper, [v1] and [v2] earlier versions of it on arXiv, [code] the official code,
+google-research/noisystudent; `ours:` marks a deviation. The README maps the paper's tables to functions.
 """
 import argparse
 import contextlib
@@ -21,7 +19,6 @@ import copy
 import ctypes
 import functools
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -50,7 +47,7 @@ import efficientnet
 from efficientnet import FAMILY, BatchNorm, EfficientNet, fold_batchnorm
 from randaugment import RandAugment, cutout, random_crop, random_flip
 
-class UserError(Exception):
+class UserError(ValueError):
     """What the user can mend, in one line: what was found, what was expected, what to do. Exit status 2."""
 
 def expect(holds, message):
@@ -155,8 +152,6 @@ PRESETS = {  # what differs from the defaults. ours: demo, chosen on dev
 
 def complete(config):
     """A copy of config with its open choices made. UserError for a value outside its range or a chain that shrinks."""
-    def need(holds, name, expected):
-        expect(holds, f"--{name.replace('_', '-')} is {getattr(config, name)}: expected {expected}")
     for names, low, high, expected in (
             (("batch", "steps", "teacher_steps", "ratio", "dev", "test"), 1, math.inf, "at least 1"),
             (("labels", "unlabeled", "per_class", "fix_resolution", "robustness_images"), 1, math.inf, "at least 1"),
@@ -167,27 +162,26 @@ def complete(config):
             (("survival", "unlabeled_fraction", "bn_momentum"), 1e-30, 1.0000001, "a number in (0, 1]")):
         for name in names:
             value = getattr(config, name)
-            need(value is None or low <= value < high, name, expected)
+            expect(value is None or low <= value < high, f"--{name.replace('_', '-')} is {value}: expected {expected}")
     low, high = config.interval or (0, 1)
-    need(0 <= low < high <= 1, "interval", "0 <= LOW < HIGH <= 1")
-    need(len(config.models) >= 2, "models", "a teacher and at least one student")
-    need(not config.warm_start or len(set(config.models)) == 1, "models", "equal networks for --warm-start")
-    for name in config.models:
+    expect(0 <= low < high <= 1, f"--interval is {low} {high}: expected 0 <= LOW < HIGH <= 1")
+    names, out, robustness = config.models, config.out, config.robustness
+    expect(len(names) >= 2, f"--models is {' '.join(names)}: expected a teacher and at least one student")
+    expect(not config.warm_start or len({*names}) == 1, f"--models is {' '.join(names)}: --warm-start needs equal ones")
+    for name in names:
         expect(name in FAMILY, f"unknown network {name!r} in --models: expected some of {', '.join(FAMILY)}")
     with torch.device("meta"):
-        sizes = [sum(w.numel() for w in EfficientNet(name, 10).parameters()) for name in config.models]
-    for k, (teacher, student) in enumerate(zip(config.models, config.models[1:])):
-        expect(sizes[k + 1] >= sizes[k] or config.allow_smaller,
-               f"student {student} ({sizes[k + 1]:,} parameters) is smaller than its teacher {teacher} ({sizes[k]:,}): "
-               "expected an equal or larger one; reorder --models or add --allow-smaller")
-    robustness, out = config.robustness, config.out
+        sizes = [sum(w.numel() for w in EfficientNet(name, 10).parameters()) for name in names]
+    for teacher, student, before, after in zip(names, names[1:], sizes, sizes[1:]):
+        expect(after >= before or config.allow_smaller,
+               f"student {student} ({after:,} parameters) is smaller than its teacher {teacher} ({before:,}): expected "
+               "an equal or larger one; reorder --models or add --allow-smaller")
     if robustness is None:  # where it costs less than a fifth of the run
         robustness = config.dataset in ("digits", "cifar10") and config.steps >= 500
-    folder = "runs/" + (Path(config.dataset).name or "folder")
-    while out is None:  # the first free one of runs/digits, runs/digits-2, ...
-        out = folder if is_free(Path(folder)) else None
-        stem, _, number = folder.rpartition("-")
-        folder = f"{stem}-{int(number) + 1}" if number.isdigit() and stem else folder + "-2"
+    if out is None:
+        stem = "runs/" + (Path(config.dataset).name or "folder")
+        paths = itertools.chain([stem], (f"{stem}-{k}" for k in itertools.count(2)))
+        out = next(path for path in paths if is_free(Path(path)))
     return replace(config, robustness=robustness, out=out)
 
 
@@ -242,9 +236,11 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
     Returns the moving average of the weights, a network in evaluation mode. UserError when the loss is not finite."""
     steps, device = steps or config.steps, next(model.parameters()).device
     rank, world = world_of()
-    B, U, n = config.batch, config.batch * config.ratio, len(data.labels)
+    B, U, n, joint = config.batch, config.batch * config.ratio, len(data.labels), config.joint
     targets = smoothed_one_hot(data.labels, data.num_classes, config.label_smoothing)                        # (n,K)
-    weight_l, weight_u = loss_weights(config.loss, config.ratio) if pseudo is not None else (1.0, 0.0)
+    if pseudo is None:
+        U, joint, pseudo = 0, True, Pseudo(torch.arange(0), torch.zeros(0, data.num_classes), 0)
+    weight_l, weight_u = loss_weights(config.loss, config.ratio) if U and joint else (1.0, 1.0)
     base_lr = base_lr or config.learning_rate * B / 256
     frozen = [module.requires_grad_(False) for module in [model.stem, *model.blocks][:frozen]]
     ema = EMA(model, config.ema)
@@ -266,32 +262,25 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # The batch: B labelled images, then U unlabelled ones, in one forward pass with joint batch-norm statistics.
-        pretrain = pseudo is not None and not config.joint and step < 0.8 * steps  # ours: the share
-        use_labeled, use_unlabeled = not pretrain, pseudo is not None and (config.joint or pretrain)
-        images, target = [], []
-        if use_labeled:
-            rows = batch_rows(n, B, step, config.seed, "labelled")[rank::world]
-            images.append(gather(data.labeled_images, rows, device))  # (B,3,H,W)
-            target.append(targets[rows.to(device, non_blocking=True)])  # (B,K)
-        if use_unlabeled:
-            rows = pseudo.rows[batch_rows(len(pseudo.rows), U, step, config.seed, key)[rank::world]]
-            images.append(gather(data.unlabeled_images, rows, device))  # (U,3,H,W)
-            target.append(pseudo.targets[rows].to(device, non_blocking=True))  # (U,K)
-        b = len(images[0]) if use_labeled else 0
-        images, target = torch.cat(images), torch.cat(target)
-        noised = len(images) if config.unlabeled_model_noise else b
+        # The batch: b labelled images, then u unlabelled ones, in one forward pass with joint batch-norm statistics.
+        b, u = (B, U) if joint else (0, U) if step < 0.8 * steps else (B, 0)  # ours: the share of pretraining
+        rows_l = batch_rows(n, b, step, config.seed, "labelled")[rank::world]
+        rows_u = pseudo.rows[batch_rows(len(pseudo.rows), u, step, config.seed, key)[rank::world]]
+        b, u = len(rows_l), len(rows_u)
+        images = torch.cat([gather(data.labeled_images, rows_l, device),
+                            gather(data.unlabeled_images, rows_u, device)])  # (b+u,3,H,W)
+        target = torch.cat([targets[rows_l.to(device, non_blocking=True)],
+                            pseudo.targets[rows_u].to(device, non_blocking=True)])  # (b+u,K)
         if augment:
-            end = len(images) if config.unlabeled_augment else b
+            end = b + u if config.unlabeled_augment else b
             images = torch.cat([add_noise(images[:end], config, data.flip, (rank, world)), images[end:]])
 
         # The loss: cross-entropy, averaged over each part, and the parts weighted.
         with precision(device, config):
-            logits = forward(normalise(images, data, size), noised)  # (B+U,K)
-        losses = -(target * F.log_softmax(logits.float(), 1)).sum(1)  # (B+U,)
-        zero = losses.new_zeros(())
-        loss_l, loss_u = losses[:b].mean() if use_labeled else zero, losses[b:].mean() if use_unlabeled else zero
-        loss = weight_l * loss_l + weight_u * loss_u if config.joint else loss_l + loss_u
+            logits = forward(normalise(images, data, size), b + u if config.unlabeled_model_noise else b)  # (b+u,K)
+        losses = -(target * F.log_softmax(logits.float(), 1)).sum(1)  # (b+u,)
+        loss_l, loss_u = losses[:b].sum() / max(1, b), losses[b:].sum() / max(1, u)
+        loss = weight_l * loss_l + weight_u * loss_u
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -405,6 +394,8 @@ def shuffled(n, *key):
 
 def batch_rows(n, batch, step, *key):
     """Row numbers (batch,) of batch number `step` in endless passes over n rows, each pass in a new order."""
+    if not batch:
+        return torch.arange(0)
     start, end = step * batch, (step + 1) * batch
     passes = range(start // n, (end - 1) // n + 1)
     return torch.cat([shuffled(n, *key, p) for p in passes])[start - passes[0] * n:end - passes[0] * n]
@@ -444,11 +435,11 @@ class Pseudo(typing.NamedTuple):
     kept: int
 
 @torch.no_grad()
-def pseudo_label(teacher, images, data, config, *, batch=1000, key=""):
+def pseudo_label(teacher, images, data, config, *, size=None, batch=1000, key=""):
     """Class probabilities float32 (M,K), on the CPU, of uint8 images (M,3,H,W): the softmax of the teacher's logits.
 
-    Images are clean, dropout and stochastic depth off, batch-norm in evaluation mode; --noisy-teacher (table 6) turns
-    the noise on, but not batch-norm. The teacher comes back as it was. Distributed ranks label a share each."""
+    Images are clean (at `size` pixels if given), dropout and stochastic depth off, batch-norm in evaluation mode;
+    --noisy-teacher (table 6) turns the noise on, but not batch-norm. The teacher comes back as it was."""
     rank, world = world_of()
     device = next(teacher.parameters()).device
     if config.noisy_teacher:
@@ -458,7 +449,8 @@ def pseudo_label(teacher, images, data, config, *, batch=1000, key=""):
                 module.eval()
     else:
         model = fold_batchnorm(teacher)
-    probabilities, batch = torch.zeros(len(images), data.num_classes, device=device), at_once(images, None, batch)
+    batch = max(1, batch * 1024 // (size ** 2 if size else images.shape[2] * images.shape[3]))  # 1000 of 32x32 pixels
+    probabilities = torch.zeros(len(images), data.num_classes, device=device)
     shard, efficientnet.SHARD = efficientnet.SHARD, (0, 1)  # a rank labels whole batches, with all of their noise
     for start in range(rank * batch, len(images), world * batch):
         x = gather(images, torch.arange(start, min(start + batch, len(images))), device)
@@ -466,11 +458,16 @@ def pseudo_label(teacher, images, data, config, *, batch=1000, key=""):
             torch.manual_seed(seed_of(config.seed, key, "noisy teacher", start))
             x = add_noise(x, config, data.flip)
         with precision(device, config):
-            probabilities[start:start + batch] = model(normalise(x, data)).float().softmax(1)
+            probabilities[start:start + batch] = model(normalise(x, data, size)).float().softmax(1)
     efficientnet.SHARD = shard
     if world > 1:
         dist.all_reduce(probabilities)
     return probabilities.cpu()
+
+def error_rate(model, images, labels, data, config, size=None):
+    """Share of wrong predictions of a network in evaluation mode on clean images, at `size` pixels if given."""
+    predictions = pseudo_label(model, images, data, replace(config, noisy_teacher=False), size=size).argmax(1)
+    return (predictions != labels.cpu()).double().mean().item()
 
 def filter_and_balance(probabilities, threshold, per_class, generator=None, *, balance=True, below=math.inf):
     """Rows to train on, int64 (M',), copies included, from pseudo-label probabilities (M,K) [v4].
@@ -499,49 +496,25 @@ def filter_and_balance(probabilities, threshold, per_class, generator=None, *, b
 
 def make_pseudo(teacher, data, config, key=""):
     """Label, filter and balance the unlabelled images, and turn probabilities into the student's targets -> Pseudo."""
-    dev = pseudo_label(teacher, data.dev_images, data, config, key=key)
-    warn_near_chance((dev.argmax(1) != data.dev_labels.cpu()).float().mean().item(), dev)
+    dev, K = pseudo_label(teacher, data.dev_images, data, config, key=key).argmax(1), data.num_classes
+    right = (dev == data.dev_labels.cpu()).double().mean().item()
+    if right < 1.5 / K:  # a teacher that has learned nothing makes a student that learns nothing: say so
+        warnings.warn(f"the teacher is near chance: {right:.1%} right on dev, guessing {1 / K:.1%}; dev images it "
+                      f"labelled per class: {dev.bincount(minlength=K).tolist()}; give it more --teacher-steps, "
+                      "--labels or --learning-rate")
     probabilities = pseudo_label(teacher, data.unlabeled_images, data, config, key=key)
-    low, high = config.interval or (config.threshold, math.inf)
-    high = math.inf if high >= 1 else high
+    confidence, (low, high) = probabilities.amax(1), config.interval or (config.threshold, 1)
+    high = math.inf if high == 1 else high
     generator = torch.Generator().manual_seed(seed_of(config.seed, key, "balance"))
-    kept = int(((probabilities.amax(1) >= low) & (probabilities.amax(1) < high)).sum())
     rows = filter_and_balance(probabilities, low, config.per_class, generator, balance=config.balance, below=high)
-    if not len(rows):
-        top = probabilities.amax(1)
-        raise UserError(f"no pseudo label has a confidence in [{low}, {min(high, 1)}]: found {top.min():.3f} to "
-                        f"{top.max():.3f}; lower --threshold, widen --interval or train the teacher for longer")
+    expect(len(rows), f"no pseudo label has a confidence in [{low}, {min(high, 1)}]: found {confidence.min():.3f} to "
+                      f"{confidence.max():.3f}; lower --threshold, widen --interval or train the teacher for longer")
+    targets = probabilities
     if config.hard:
-        targets = smoothed_one_hot(probabilities.argmax(1), data.num_classes, config.label_smoothing)
+        targets = smoothed_one_hot(probabilities.argmax(1), K, config.label_smoothing)
     elif config.temperature != 1:  # softmax(logits / T) is p^(1/T), renormalised
         targets = (probabilities.clamp_min(1e-30).log() / config.temperature).softmax(1)
-    else:
-        targets = probabilities
-    return Pseudo(rows, targets, kept)
-
-def warn_near_chance(dev_error, probabilities):
-    """A teacher that has learned nothing makes a student that learns nothing: say so before it labels anything."""
-    K = probabilities.shape[1]
-    if 1 - dev_error < 1.5 / K:
-        counts = probabilities.argmax(1).bincount(minlength=K).tolist()
-        warnings.warn(f"the teacher is near chance: {1 - dev_error:.1%} right on dev, guessing {1 / K:.1%}; dev images "
-                      f"it labelled per class: {counts}; give it more --teacher-steps, --labels or --learning-rate")
-
-def at_once(images, size, batch):
-    """`batch` 32x32 images, or as many larger ones as have the same number of pixels."""
-    return max(1, batch * 1024 // (size ** 2 if size else images.shape[2] * images.shape[3]))
-
-@torch.inference_mode()
-def error_rate(model, images, labels, data, config, size=None, batch=1000):
-    """Share of wrong predictions of a network in evaluation mode on clean images, at `size` pixels if given."""
-    device = next(model.parameters()).device
-    model, wrong = fold_batchnorm(model), torch.zeros((), dtype=torch.long, device=device)
-    batch = at_once(images, size, batch)
-    for start in range(0, len(images), batch):
-        x = gather(images, torch.arange(start, min(start + batch, len(images))), device)
-        with precision(device, config):
-            wrong += (model(normalise(x, data, size)).argmax(1) != labels[start:start + batch].to(device)).sum()
-    return wrong.item() / len(images)
+    return Pseudo(rows, targets, int(((confidence >= low) & (confidence < high)).sum()))
 
 
 # ---- Fix-resolution fine-tune ------------------------------------------------------------------------- ([v4]; [code])
@@ -570,11 +543,9 @@ PERTURBATIONS = {"gaussian_noise": None, "shot_noise": None, "zoom_blur": .01, "
                  "translate": 1 / 64, "rotate": math.pi / 180, "tilt": .01, "scale": .01}  # translate: in half widths
 
 def corrupt(images, name, severity, generator=None):
-    """uint8 images (N,C,H,W) -> the same, corrupted as by the CIFAR-10-C script, every image with draws of its own.
-    name: of CORRUPTIONS; severity: 1-5; generator: on the images' device. ValueError for any other argument."""
-    if name not in CORRUPTIONS or severity not in range(1, 6) or images.dtype != torch.uint8 or images.dim() != 4:
-        raise ValueError(f"found severity {severity} of {name!r}, {images.dtype} {(*images.shape,)}; expected 1-5 of "
-                         f"{', '.join(CORRUPTIONS)}, uint8 images (N,C,H,W)")
+    """uint8 images (N,C,H,W) -> the same, corrupted as by the CIFAR-10-C script, every image with draws of its own."""
+    expect(name in CORRUPTIONS and severity in range(1, 6) and images.dtype == torch.uint8 and images.dim() == 4,
+           f"found {name!r}, severity {severity}, {images.dtype} {(*images.shape,)}; expected 1 to 5, uint8 (N,C,H,W)")
     x, c, draw = images.float(), CORRUPTIONS[name][severity - 1], dict(generator=generator, device=images.device)
     def defocus_blur(radius, sigma):  # a disk, its edge softened by a Gaussian
         r2 = (torch.arange(-2, 3) ** 2 + torch.arange(-2, 3)[:, None] ** 2).float()[None, None]  # distances squared
@@ -585,27 +556,26 @@ def corrupt(images, name, severity, generator=None):
         source = np.arange(side) * (small - 1) / (round(small * factor) - 1) + (side - small) // 2
         return torch.from_numpy(np.maximum(1 - abs(source[:, None] - np.arange(side)), 0)).to(x) @ x
     def zoom_blur(factors):  # the rounding of np.arange lets 1.06 and 1.11 in, as published
-        return sum(zoom(zoom(x.mT, f).mT, f) for f in factors) / len(factors)
-    def fog(amount, decay):  # a diamond-square fractal that wraps around, its side a power of two
-        bits, top = (max(x.shape[2:]) - 1).bit_length(), x.amax((1, 2, 3), keepdim=True)
-        z = x.new_zeros(len(x), 1 << bits, 1 << bits)
-        for level, h in enumerate(1 << k for k in reversed(range(bits))):
-            cross, plus = ((h, h), (h, -h), (-h, h), (-h, -h)), ((h, 0), (-h, 0), (0, h), (0, -h))
-            for i, j, neighbours in ((h, h, cross), (0, h, plus), (h, 0, plus)):
-                mean = sum(z.roll(shift, (1, 2))[:, i::2 * h, j::2 * h] for shift in neighbours) / 4
-                z[:, i::2 * h, j::2 * h] = mean + (100 / decay ** level) ** 2 * (torch.rand(mean.shape, **draw) * 2 - 1)
-        z -= z.amin((1, 2), keepdim=True)
-        z = 255 * amount * (z / z.amax((1, 2), keepdim=True))[:, None, :x.shape[2], :x.shape[3]]
-        return (x + z) * top / (top + 255 * amount)
+        return sum((zoom(zoom(x.mT, f).mT, f) for f in factors), x) / (len(factors) + 1)
     def box(x):  # rows: Pillow's BOX resize and back, the mean of the pixels centred in each window
         centre = (np.arange(x.shape[2]) + .5) * int(x.shape[2] * c) / x.shape[2]
         same = np.floor(centre)[:, None] == np.ceil(centre) - 1
         return (torch.from_numpy(same / same.sum(1, keepdims=True)).to(x) @ x + .5).floor()
+    def fog(amount, decay):  # a diamond-square fractal that wraps around; each level doubles its side
+        z, top = x.new_zeros(len(x), 1, 1), x.amax((1, 2, 3), keepdim=True)
+        for level in range((max(x.shape[2:]) - 1).bit_length()):
+            noise = [(100 / decay ** level) ** 2 * (torch.rand(z.shape, **draw) * 2 - 1) for _ in range(3)]
+            centre = (z + z.roll(-1, 2) + z.roll(-1, 1) + z.roll((-1, -1), (1, 2))) / 4 + noise[0]  # of four old points
+            above = (centre.roll(1, 1) + centre + z + z.roll(-1, 2)) / 4 + noise[1]
+            left = (z + z.roll(-1, 1) + centre.roll(1, 2) + centre) / 4 + noise[2]
+            z = F.pixel_shuffle(torch.stack([z, above, left, centre], 1), 2)[:, 0]  # old and new points interleaved
+        z = (z - z.amin((1, 2), True)) / (z.amax((1, 2), True) - z.amin((1, 2), True))
+        return (x + 255 * amount * z[:, None, :x.shape[2], :x.shape[3]]) * top / (top + 255 * amount)
     x = {"gaussian_noise": lambda: x + 255 * c * torch.randn(x.shape, **draw), "brightness": lambda: _brighten(x, c),
          "shot_noise": lambda: torch.poisson(x / 255 * c, generator=generator) / c * 255, "fog": lambda: fog(*c),
          "impulse_noise": lambda: x + 255 * ((torch.rand(x.shape, **draw) * 2 - 1) / (1 - c)).trunc(),  # for a share c
-         "zoom_blur": lambda: zoom_blur([1, *np.arange(1, c, .01)]), "defocus_blur": lambda: defocus_blur(*c),
          "motion_blur": lambda: _motion_blur(x, *c, (torch.rand(len(x), **draw) * 2 - 1) * math.pi / 4).round(),
+         "zoom_blur": lambda: zoom_blur(np.arange(1, c, .01)), "defocus_blur": lambda: defocus_blur(*c),
          "contrast": lambda: torch.lerp(x.mean((2, 3), True), x, c), "pixelate": lambda: box(box(x.mT).mT)}[name]()
     return (x + 1e-3).clamp(0, 255).byte()  # truncate, but let the 36.99999 of float32 be 37
 
@@ -622,14 +592,12 @@ def _brighten(x, amount):  # the HSV value (largest channel) grows, hue and satu
     return (x + 1e-9) / (value + 1e-9) * (value + 255 * amount).clamp(max=255)
 
 def perturbation_sequence(images, name, frames=30, generator=None):
-    """uint8 images (N,C,H,W) -> (N,frames,C,H,W): the clean image, then PERTURBATIONS[name] more in every frame; images
-    draw the sense of translate, rotate and tilt. generator and ValueError as for corrupt."""
-    if name not in PERTURBATIONS or frames < 2:
-        raise ValueError(f"found {name!r}, {frames} frames; expected one of {', '.join(PERTURBATIONS)}, 2 or more")
-    if PERTURBATIONS[name] is None:
-        return torch.stack([images] + [corrupt(images, name, 1, generator) for _ in range(frames - 1)], 1)
-    x, sequence, growth, r = images.float(), [images.float()], PERTURBATIONS[name], images.shape[2] / images.shape[3]
-    sense = torch.randint(0, 2, (len(x), 1, 1), generator=generator, device=x.device) * 2 - 1
+    """uint8 images (N,C,H,W) -> (N,frames,C,H,W): the clean one, then PERTURBATIONS[name] more in every frame."""
+    expect(name in PERTURBATIONS and frames > 1, f"found {name!r}, {frames} frames; expected PERTURBATIONS, 2 or more")
+    growth, x, sequence, r = PERTURBATIONS[name], images.float(), [images.float()], images.shape[2] / images.shape[3]
+    if growth is None:
+        return torch.stack([images, *(corrupt(images, name, 1, generator) for _ in range(frames - 1))], 1)
+    sense = torch.randint(0, 2, (len(x), 1, 1), generator=generator, device=x.device) * 2 - 1  # -1 or 1 for each image
     xs, ys = F.affine_grid(torch.eye(2, 3).to(x).expand(len(x), 2, 3), x.shape, align_corners=False).unbind(-1)
     for step in range(1, frames):
         a, b = sense * step * growth, 1 + step * growth  # uv: where in [-1,1] every pixel comes from, each (N,H,W)
@@ -643,20 +611,18 @@ def perturbation_sequence(images, name, frames=30, generator=None):
 def flip_rate(predictions, noise=False):
     """Share of frames j >= 2 in predictions (sequences, frames) that differ from frame j-1 (noise: from frame 1)."""
     p = torch.as_tensor(predictions)
-    if p.dim() != 2 or not len(p) or p.shape[1] < 2:
-        raise ValueError(f"found predictions {tuple(p.shape)}; expected (sequences, frames) with 2 frames or more")
+    expect(p.dim() == 2 and p[:, 1:].numel(), f"predictions {(*p.shape,)}; expected (sequences, 2 frames or more)")
     return (p[:, 1:] != (p[:, :1] if noise else p[:, :-1])).double().mean().item()
 
 def mean_flip_rate(rates, reference):
-    """mFR: 100 x the mean over perturbations of a model's flip rate / the reference's. ValueError if one is 0."""
-    if not rates or rates.keys() != reference.keys() or not all(value > 0 for value in reference.values()):
-        raise ValueError(f"found {rates} and the reference {reference}; expected the same names, no zero to divide by")
+    """mFR: 100 x the mean over perturbations of a model's flip rate / the reference's."""
+    expect(rates and rates.keys() == reference.keys() and min(reference.values()) > 0,
+           f"found {rates} and the reference {reference}; expected the same names, no zero to divide by")
     return 100 * sum(rates[name] / reference[name] for name in rates) / len(rates)
 
 def mean_corruption_error(errors, reference):
-    """mCE: the same for the sums of a corruption's five errors. ValueError for another number of errors, too."""
-    if any(len(five) != 5 for five in (*errors.values(), *reference.values())):
-        raise ValueError(f"found {errors} and the reference {reference}; expected five errors for every corruption")
+    """mCE: the same for the sums of a corruption's five errors."""
+    expect({*map(len, [*errors.values(), *reference.values()])} <= {5}, "expected five errors for every corruption")
     return mean_flip_rate({k: sum(errors[k]) for k in errors}, {k: sum(reference[k]) for k in reference})
 
 def fgsm(predict, images, labels, epsilon):
@@ -666,8 +632,7 @@ def fgsm(predict, images, labels, epsilon):
 def pgd(predict, images, labels, epsilon, steps=10, step_size=None, random_start=False, generator=None):
     """Steps up the cross-entropy in the L-infinity ball and [0,255]. images: float (N,C,H,W); epsilon: in their units;
     predict: images -> logits (N,K), normalisation inside. The paper names no step_size: 2.5 epsilon / steps is ours."""
-    if not images.is_floating_point() or epsilon < 0 or steps < 1:
-        raise ValueError(f"found {images.dtype}, epsilon {epsilon}, {steps} steps; expected float images, >= 0, >= 1")
+    expect(images.is_floating_point() and epsilon >= 0 < steps, "expected float images, epsilon >= 0, steps >= 1")
     x, step_size = images.detach(), 2.5 * epsilon / steps if step_size is None else step_size
     low, high = (x - epsilon).clamp(min=0), (x + epsilon).clamp(max=255)
     if random_start:
@@ -681,18 +646,18 @@ def pgd(predict, images, labels, epsilon, steps=10, step_size=None, random_start
 @torch.no_grad()
 def robustness(predict, images, labels, *, seed=0, num_images=300, num_sequences=50, frames=15, batch_size=250,
                epsilons=(2, 4, 8, 16), pgd_epsilon=1, steps=10, cifar10_c=None):
-    """The paper's measures, as fractions, on num_images evenly spaced uint8 images (N,C,H,W), the same for every model.
-    predict: as in pgd. Few frames, for a CPU: num_images * (70 + 3 steps) + 8 num_sequences * frames forward passes."""
+    """The paper's measures, as fractions, on num_images evenly spaced uint8 images (N,C,H,W). predict: as in pgd."""
     def some(array):
         return array[::max(1, len(array) // num_images)][:num_images]
     def error(x, y, attack=lambda predict, x, y: x, *args):
-        parts = zip(x.to(images.device).split(batch_size), y.to(images.device).split(batch_size))
+        parts = zip(x.to(labels.device).split(batch_size), y.to(labels.device).split(batch_size))
         return int(sum(predict(attack(predict, a.float(), b, *args)).argmax(1).ne(b).sum() for a, b in parts)) / len(y)
-    x, y, generator, flips = some(images), some(labels), torch.Generator(images.device).manual_seed(seed), {}
-    if cifar10_c is None:
-        errors = {k: [error(corrupt(x, k, s, generator), y) for s in range(1, 6)] for k in CORRUPTIONS}
-    else:  # load_cifar10_c(...): these files hold their own pictures and labels
+    x, y, generator = some(images).to(labels.device), some(labels), torch.Generator(labels.device).manual_seed(seed)
+    if cifar10_c:  # load_cifar10_c(...): these files hold their own pictures and labels
         errors = {k: [error(torch.tensor(some(p)), some(cifar10_c[1])) for p in ps] for k, ps in cifar10_c[0].items()}
+    else:
+        errors = {k: [error(corrupt(x, k, s, generator), y) for s in range(1, 6)] for k in CORRUPTIONS}
+    flips = {}
     for k, growth in PERTURBATIONS.items():
         parts = perturbation_sequence(x[:num_sequences], k, frames, generator).flatten(0, 1).split(batch_size)
         flips[k] = flip_rate(torch.cat([predict(p.float()).argmax(1) for p in parts]).view(-1, frames), growth is None)
@@ -711,9 +676,10 @@ def robustness_table(reports, reference="supervised"):
     rows = [["error in %", "clean", "corrupted", "mCE", "mFR", *(f"FGSM {e}" for e in base["fgsm"]),
              "PGD-{steps}, {epsilon}".format(**base["pgd"])]]
     for model, r in reports.items():
-        cells = 100 * r["clean_error"], 100 * np.mean([*r["corruption_errors"].values()]), r["mce"], r["mfr"], *(
-            100 * e for e in (*r["fgsm"].values(), r["pgd"]["error"]))
-        rows.append([model, *("-" if cell is None else f"{cell:.1f}" for cell in cells)])
+        errors = r["clean_error"], np.mean([*r["corruption_errors"].values()]), *r["fgsm"].values(), r["pgd"]["error"]
+        clean, corrupted, *attacked = (f"{100 * e:.1f}" for e in errors)
+        means = ("-" if mean is None else f"{mean:.1f}" for mean in (r["mce"], r["mfr"]))
+        rows.append([model, clean, corrupted, *means, *attacked])
     return "\n".join(["".join(f"{cell:>12}" for cell in row) for row in rows] + [
         f"mCE, mFR: this run's {reference!r} is 100, less is better; left out, 0 there: {', '.join(without) or '-'}"])
 
@@ -721,28 +687,20 @@ def load_cifar10_c(folder):
     """Folder of CIFAR-10-C -> ({corruption: mapped uint8 (severity,n,3,32,32)}, labels int64 (n,)), or UserError."""
     files = {}
     for name in ("labels", *CIFAR10_C):
-        try:
-            a = files[name] = np.load(os.path.join(folder, name + ".npy"), mmap_mode="r")
-        except (OSError, ValueError, EOFError) as problem:
-            raise UserError(f"cannot read {name}.npy in {folder} ({problem}); expected CIFAR-10-C, unpacked") from None
-        n = files["labels"].size // 5
-        if not (n and a.dtype.kind in "iu" and np.array_equal(a, np.tile(a[:n], 5)) if name == "labels" else
-                a.dtype == np.uint8 and a.shape == (5 * n, 32, 32, 3)):
-            raise UserError(f"found {a.dtype} {a.shape} in {name}.npy; expected CIFAR-10-C's (no other labels later)")
+        with explained(f"{folder}/{name}.npy is not CIFAR-10-C's", "unpack CIFAR-10-C.tar there again"):
+            a = files[name] = np.load(Path(folder, f"{name}.npy"), mmap_mode="r")
+            n = files["labels"].size // 5
+            expect(n and a.dtype.kind in "iu" and np.array_equal(a, np.tile(a[:n], 5)) if name == "labels" else
+                   a.dtype == np.uint8 and a.shape == (5 * n, 32, 32, 3), f"found {a.dtype} {a.shape}")
     labels = torch.from_numpy(files.pop("labels")[:n].astype(np.int64))
     return {name: a.reshape(5, n, 32, 32, 3).transpose(0, 1, 4, 2, 3) for name, a in files.items()}, labels
 
 def measure_robustness(model, data, config):
-    """robustness() of a network in evaluation mode on config.robustness_images of the test images."""
-    model, device = fold_batchnorm(model), data.labels.device
-
-    def predict(x):
-        with precision(device, config):
-            return model(normalise(x, data)).float()
-    step = max(1, len(data.test_images) // config.robustness_images)
-    rows = torch.arange(0, len(data.test_images), step)[:config.robustness_images]
-    return robustness(predict, gather(data.test_images, rows, device), data.test_labels[rows.to(device)],
-                      num_images=len(rows), cifar10_c=load_cifar10_c(config.cifar10_c) if config.cifar10_c else None)
+    """robustness() of a network on config.robustness_images of the test images."""
+    model, files = fold_batchnorm(model), config.cifar10_c
+    predict = precision(data.labels.device, config)(lambda x: model(normalise(x, data)).float())
+    return robustness(predict, data.test_images, data.test_labels, num_images=config.robustness_images,
+                      cifar10_c=files and load_cifar10_c(files))
 
 
 # ---- Data ---------------------------------------------------------------------------- (SVHN split: the official code)
@@ -756,8 +714,6 @@ DOWNLOADS = {  # file: URL, MD5, bytes
     "cifar-10-python.tar.gz": (CIFAR + "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", 170_498_071)}
 BATCHES = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["test_batch"]}  # CIFAR-10
 SVHN_STATS = (0.4376821, 0.4437697, 0.47280442), (0.19803012, 0.20101562, 0.19703614)  # mean, std: official code
-MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}  # as stored
-MAT_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}  # meant
 
 @dataclass
 class Data:
@@ -775,229 +731,162 @@ class Data:
 
     def to(self, device, gibibytes):
         """A copy on the device; a set of images larger than `gibibytes` stays where it is."""
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items()
-                                if isinstance(value, torch.Tensor)
-                                and (value.dtype != torch.uint8 or value.nbytes <= gibibytes * 2**30)})
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items()
+                                if torch.is_tensor(x) and (x.ndim < 4 or x.nbytes <= gibibytes * 2**30)})
 
 def load_data(config):
-    """The data set that `config` names, as Data. Raises UserError for whatever is missing, malformed or impossible.
-    Training images are shuffled with seed 0; the first `config.dev` become the dev set (4,000: SVHN's official split).
-    Of the others `config.labels` (None: all), balanced and drawn with `config.seed`, keep their labels. Unlabelled are
-    the rest, or with `config.extra` SVHN's extra images, or a folder's unlabeled_images.npy, or the training images of
-    `config.unlabeled_dataset`. `config.unlabeled` and `config.test`: how many to keep, or to generate as digits."""
+    """The data set that `config` names. Its training images are shuffled with seed 0; `config.dev` become the dev set
+    (4,000: SVHN's official split). Of the others `config.labels` (None: all), balanced and drawn with `config.seed`,
+    keep their labels. Unlabelled are the rest or, where there are such, SVHN's extra images (with `config.extra`), the
+    images of `config.unlabeled_dataset` or a folder's unlabeled_images.npy; `config.unlabeled` of them at most."""
+    def shuffled(n):  # always the same
+        return np.random.RandomState(0).permutation(n)
+    def take(rows, *parts):  # no copy if that is everything: images may be larger than memory
+        return [part if len(rows) == len(part) else part[np.sort(rows)] for part in parts]
     name, source = config.dataset, config.unlabeled_dataset or config.dataset
-    for option, least in ("unlabeled", 1), ("test", 1), ("labels", 1), ("dev", 0):
-        expect((n := getattr(config, option)) is None or n >= least, f"--{option} {n}: expected at least {least}")
     expect(source == "svhn" or not config.extra, f"--extra: only SVHN has extra images; drop it for {source}")
-    images, labels = read_part(name, "train", config)
-    K, N = 10 if name in DATASETS else int(labels.max()) + 1, len(labels)
+    (images, labels), (test_images, test_labels) = (read_part(name, part, config) for part in ("train", "test"))
+    N, K = len(labels), 10 if name in DATASETS else int(labels.max()) + 1
     dev = max(1, min(1000, N // 10)) if config.dev is None else config.dev
-    expect(dev < N, f"--dev {dev}: expected fewer than the {N} training images of {name}")
-    dev, order = np.split(np.random.RandomState(0).permutation(N), [dev])
-    wanted = config.labels or len(order)
-    expect(K <= wanted <= len(order), f"--labels {wanted}: expected {K} (one per class) to {len(order)} (all but dev)")
+    dev, order = np.split(shuffled(N), [dev])
+    own = source == name and not config.extra and (name in DATASETS or not Path(name, "unlabeled_images.npy").exists())
+    most = len(order) - own  # one image at least has to be left as an unlabelled one
+    n = len(order) if config.labels is None else config.labels
+    expect(K <= n <= most, f"--labels {n} --dev {len(dev)}: expected {K} (one per class) to {most} labels; unlabelled "
+           f"images must be left of the {N}, or come from elsewhere (--unlabeled-dataset; SVHN: --extra)")
     order, turns = np.random.default_rng([config.seed, 0]).permutation(order), [itertools.count() for _ in range(K)]
     order = order[np.argsort([next(turns[k]) for k in labels[order]], kind="stable")]  # so any first part is balanced
-    dev, chosen, rest = map(np.sort, (dev, order[:wanted], order[wanted:]))
-    counts = np.bincount(labels[chosen], minlength=K)
-    expect(counts.all(), f"{name}: class {counts.argmin()} has no labelled image; add some, or renumber the labels")
-    labeled_images, dev_images = take(images, chosen), take(images, dev)
-    own = source == name and (name in DATASETS or not (Path(name) / "unlabeled_images.npy").exists())
-    unlabeled_images = read_svhn("extra_32x32.mat", config)[0] if config.extra else \
-        take(images, rest) if own else read_part(source, "pool", config)[0]
-    n = min(len(unlabeled_images), config.unlabeled or math.inf)
-    expect(n > 0, f"{name}: no unlabelled images are left; lower --labels or add --extra (SVHN) or --unlabeled-dataset")
-    unlabeled_images = at_most(max(1, round(n * config.unlabeled_fraction)), unlabeled_images)
-    test_images, test_labels = (at_most(config.test, part) for part in read_part(name, "test", config))
-    expect(test_labels.max() < K, f"{name}: test label {test_labels.max()}; expected the training set's, 0 to {K - 1}")
-    for part, found in ("unlabelled", unlabeled_images), ("test", test_images):
-        (h, w), (height, width) = found.shape[2:], labeled_images.shape[2:]
-        expect((h, w) == (height, width), f"{part} images of {h} x {w} pixels; expected {height} x {width} as to train")
-    mean, std = map(torch.tensor, SVHN_STATS) if name == "svhn" else mean_std(labeled_images, unlabeled_images)
-    labels, dev_labels, test_labels = map(torch.from_numpy, (labels[chosen], labels[dev], test_labels))
-    return Data(labeled_images, labels, unlabeled_images, dev_images, dev_labels, test_images, test_labels, K,
-                mean, std, flip=name == "cifar10")
-
-def take(rows, index):
-    """rows[index] for an index without repeats; no copy if that is everything (images may be larger than memory)."""
-    return rows if len(index) == len(rows) else rows[index]
-
-def at_most(n, rows):
-    """A random n of the images or labels, always the same ones; all where n is None or large."""
-    return take(rows, np.sort(np.random.RandomState(0).permutation(len(rows))[:n]))
+    labeled, rest = np.split(order, [n])
+    lost = min({*range(K), *test_labels.tolist()} - {*labels[labeled].tolist()}, default=None)
+    expect(lost is None, f"{name}: class {lost} has no labelled image; add some, or renumber the labels")
+    pool = take(rest, images)[0] if own else read_part(source, "unlabeled", config)[0]
+    n = round(min(len(pool), config.unlabeled or len(pool)) * config.unlabeled_fraction)
+    [pool] = take(shuffled(len(pool))[:max(1, n)], pool)
+    sizes = [f"{h} x {w}" for h, w in (x.shape[2:] for x in (images, pool, test_images))]
+    expect(len({*sizes}) == 1, f"training, unlabelled, test images of {', '.join(sizes)} pixels; expected one size")
+    test = take(shuffled(len(test_labels))[:config.test], test_images, test_labels)
+    labeled, dev = take(labeled, images, labels), take(dev, images, labels)
+    mean, std = map(torch.tensor, SVHN_STATS) if name == "svhn" else mean_std(labeled[0], pool)
+    return Data(*map(torch.from_numpy, (*labeled, pool, *dev, *test)), K, mean, std, flip=name == "cifar10")
 
 def mean_std(*pools, limit=10_000):
     """Mean and std of each channel, pixels in 0-1, over about `limit` images: runs of 64, fast to read from a disk."""
     step = 64 * math.ceil(sum(map(len, pools)) / limit)
-    runs = (pool[i:i + 64].int() for pool in pools for i in range(0, len(pool), step))
+    runs = (torch.from_numpy(pool[i:i + 64]).int() for pool in pools for i in range(0, len(pool), step))
     count, x, xx = sum(torch.stack([run ** k for k in (0, 1, 2)]).sum((1, 3, 4)) for run in runs).double()  # exact sums
     std = (xx / count - (x / count) ** 2).clamp(min=1).sqrt()  # so that plain images do not make us divide by 0
     return (x / count / 255).float(), (std / 255).float()
 
+@contextlib.contextmanager
+def explained(what, advice):
+    """Makes one line for the user of whatever goes wrong inside: a damaged file can fail in any way."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what} ({' '.join(str(error).split()) or repr(error)}); {advice}") from None
+
 def read_part(name, part, config):
-    """Images uint8 (N,3,H,W) and labels (numpy, int64 (N,)) of "train", "test" or "pool": another set's unlabelled."""
+    """Images uint8 (N,3,H,W) and labels int64 (N,) of the "train", "test" or "unlabeled" part of a data set."""
+    file = "test" if part == "test" else "train"
     if name == "digits":
-        more, test = config.unlabeled or 8000, config.test or 2000
-        dev = 1000 if config.dev is None else config.dev
-        n = {"train": more + dev + (config.labels or 0), "test": test, "pool": more}[part]
-        images, labels = make_digits(n, 3 * config.seed + ["train", "test", "pool"].index(part))
-        return images, labels.numpy()
-    file, folder = "test" if part == "test" else "train", Path(name)
-    if name in DATASETS:
-        return read_svhn(f"{file}_32x32.mat", config) if name == "svhn" else read_cifar10(BATCHES[file], config)
-    expect(folder.is_dir(), f"no data set {name!r}: expected {', '.join(DATASETS)} or a folder of .npy files (README)")
-    if part == "pool" and (folder / "unlabeled_images.npy").exists():
-        file = "unlabeled"
-    array = read_npy(folder / f"{file}_images.npy")
-    x = array.transpose(0, 3, 1, 2) if array.ndim == 4 and array.shape[1] != 3 else array
-    expect(x.dtype == np.uint8 and x.ndim == 4 and x.shape[1] == 3 and len(x) and min(x.shape[2:]) >= 8,
-           f"{folder / file}_images.npy: {x.dtype} {array.shape}; expected uint8 (N,3,H,W) or (N,H,W,3), 8 x 8 or more")
-    if part == "pool":
-        return torch.from_numpy(x), None
-    labels = read_npy(folder / f"{file}_labels.npy")
-    expect(labels.dtype.kind in "iu" and labels.shape == (len(x),) and labels.min() >= 0 and labels.max() < 2**63,
-           f"{folder / file}_labels.npy: {labels.dtype} {labels.shape}; expected {len(x)} integers from 0 to K-1")
-    return torch.from_numpy(x), np.array(labels, np.int64)
-
-def read_npy(path):
-    try:  # mapped: a page is read when touched; mode 'c': writing, which nothing here does, would not reach the file
-        return np.lib.format.open_memmap(path, mode="c")
-    except Exception as error:  # numpy reports a bad file in many ways
-        raise UserError(f"{path}: no readable .npy file ({error!r}); write one array with numpy.save") from None
-
-def read_svhn(file, config):
-    """Images (N,3,32,32) and labels (N,), 0 to 9, of one of SVHN's files."""
-    path = fetch(file, config)
-    X, y = map({"X": np.empty(0), "y": np.empty(0), **read_mat(path)}.get, "Xy")
-    y = y.reshape(-1)
-    expect(X.dtype == np.uint8 and X.shape[:3] == (32, 32, 3) and 0 < len(y) == X.size // 3072 and {*y} <= {*range(11)},
-           f"{path}: found X {X.dtype} {X.shape}, y {y.dtype} {y.shape}; expected X uint8 (32,32,3,N), y from 1 to 10")
-    images = X.reshape(32, 32, 3, -1).T  # (N,3,column,row), as the bytes lie: MATLAB's first index runs fastest
-    for k in range(0, len(y), 1000):  # to (N,3,row,column) in place: SVHN's extra set is 1.6 GB
-        images[k:k + 1000] = images[k:k + 1000].swapaxes(2, 3).copy()
-    return torch.from_numpy(images), y.astype(np.int64) % 10  # the digit 0 has label 10
+        more, dev = config.unlabeled or 8000, 1000 if config.dev is None else config.dev
+        sizes = {"train": more + dev + (config.labels or 0), "test": config.test or 2000, "unlabeled": more}
+        return [x.numpy() for x in make_digits(sizes[part], 3 * config.seed + [*sizes].index(part))]
+    if name == "svhn":
+        path = fetch(f"{'extra' if part == 'unlabeled' and config.extra else file}_32x32.mat", config)
+        X, y = map({"X": np.empty(0), "y": np.empty(0), **read_mat(path)}.get, "Xy")
+        expect(X.dtype == np.uint8 and X.shape == (32, 32, 3, y.size) and 0 < y.size and {*y.flat} <= {*range(11)},
+               f"{path}: X {X.dtype} {X.shape}, y {y.dtype} {y.shape}; expected X uint8 (32,32,3,N), y from 1 to 10")
+        for image in X.T:  # (3,column,row), MATLAB's order, to (3,row,column); in place: SVHN's extra set is 1.6 GB
+            image[:] = image.swapaxes(1, 2).copy()
+        return X.T, y.reshape(-1).astype(np.int64) % 10  # the digit 0 has label 10
+    if name == "cifar10":
+        paths = [Path(config.data_dir, "cifar-10-batches-py", batch) for batch in BATCHES[file]]
+        if not all(path.exists() for path in paths):
+            archive = fetch("cifar-10-python.tar.gz", config)
+            with explained(f"{archive} cannot be unpacked", "delete it to start again"), tarfile.open(archive) as tar:
+                paths[0].parent.mkdir(exist_ok=True)
+                for path in paths:  # so no name or link in the archive decides where a file goes
+                    path.write_bytes(tar.extractfile(f"cifar-10-batches-py/{path.name}").read())
+        return [np.concatenate(parts) for parts in zip(*map(read_batch, paths))]
+    expect(os.path.isdir(name), f"no data set {name!r}: expected {', '.join(DATASETS)} or a folder of .npy files")
+    if part == "unlabeled" and Path(name, "unlabeled_images.npy").exists():
+        file = part
+    with explained(f"{name}/{file}_*.npy: no readable data", "expected images, uint8 (N,3,H,W) or (N,H,W,3), 8 x 8 or "
+                   "more, and labels, N integers from 0 to K-1, written by numpy.save"):
+        x = np.load(f"{name}/{file}_images.npy", mmap_mode="c")  # a page is read when touched, and never written
+        x = x.transpose(0, 3, 1, 2) if x.ndim == 4 and x.shape[1] != 3 else x
+        labels = np.zeros(len(x), int) if part == "unlabeled" else np.load(f"{name}/{file}_labels.npy")
+        expect(x.dtype == np.uint8 and x.ndim == 4 and x.shape[1] == 3 and len(x) and min(x.shape[2:]) >= 8 and
+               labels.dtype.kind in "iu" and labels.shape == (len(x),) and 0 <= labels.min() and labels.max() < 2**63,
+               f"{x.dtype} {x.shape}, labels {labels.dtype} {labels.shape}")
+        return x, np.array(labels, np.int64)
 
 def read_mat(path):
-    """{name: ndarray} of a MATLAB 5 file (save -v6, -v7); text, cells ... are left out. UserError if damaged."""
-    def elements(raw):  # (type, data) of each; up to 4 bytes of data lie in the tag itself
-        at = 0
-        while at < len(raw):
-            kind, n = raw[at:at + 8].view("<u4").tolist()
-            kind, n, start = (kind % 65536, kind >> 16, at + 4) if kind >> 16 else (kind, n, at + 8)
-            end = start + n
-            expect(end <= len(raw), f"an element of {n} bytes where {len(raw) - start} are left")
-            yield kind, raw[start:end]
-            at = end + (at - end) % 8  # padded
-    def inflate(file, n):  # the next n bytes, piece by piece into one array: SVHN's extra set is 1.6 GB
-        array, at, size, left, decoder = np.empty(0, np.uint8), 0, 0, n, zlib.decompressobj()
-        while left > 0:
-            packed = file.read(min(left, 1 << 16))
-            left, piece = left - len(packed), np.frombuffer(decoder.decompress(packed), np.uint8)
-            if at == 0:  # the element's first 8 bytes say how large it is
-                size = 8 + int.from_bytes(piece[4:8].tobytes(), "little")
-                expect(packed and size <= 1040 * n, f"{n} compressed bytes cannot make {size}")
-                array = np.empty(size, np.uint8)
-            array[at:at + len(piece)] = piece  # a ValueError if they are too many
-            at += len(piece)
-        expect(decoder.eof and at == size, "it is incomplete")
-        return array
-    def matrices(file):  # each variable, decompressed
-        end = os.fstat(file.fileno()).st_size
-        while file.tell() < end:
-            kind, n = np.frombuffer(file.read(8), "<u4").tolist()
-            expect(file.tell() + n <= end, f"an element of {n} bytes where {end - file.tell()} are left")
-            if kind == 15:
-                yield from elements(inflate(file, n))
-            else:
-                yield kind, np.fromfile(file, np.uint8, n)
-    try:
-        arrays = {}
-        with open(path, "rb") as file:
-            expect(file.read(128)[124:] == b"\0\1IM", "its header is another; version 7.3 is not supported")
-            for kind, data in matrices(file):
-                expect(kind == 14, f"an element of type {kind}, not a matrix")
-                (_, flags), *parts = elements(data)
-                meant = MAT_CLASSES.get(flags[0])  # MATLAB stores whole doubles as smaller types
-                if meant and not flags[1] & 8:  # not text, cells, ..., nor complex
-                    (_, shape), (_, name), (kind, values) = parts
-                    shape, name = shape.view("<i4").tolist(), name.tobytes().decode("latin1")
-                    stored = MAT_TYPES.get(kind)
-                    expect(stored and min(shape) >= 0 and math.prod(shape) * int(stored[1]) == len(values),
-                           f"variable {name!r} of shape {shape} has {len(values)} bytes of type {kind}")
-                    arrays[name] = values.view("<" + stored).reshape(shape, order="F").astype(meant, copy=False)
-        return arrays
-    except (UserError, OSError, ValueError, IndexError, MemoryError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole MATLAB 5 file ({error}); delete it and fetch it again") from None
-
-def read_cifar10(files, config):
-    """Images (N,3,32,32) and labels (N,) of some of CIFAR-10's Python batches; those missing are unpacked first."""
-    folder = Path(config.data_dir) / "cifar-10-batches-py"
-    missing = {file for file in sum(BATCHES.values(), []) if not (folder / file).exists()}
-    if missing:
-        archive = fetch("cifar-10-python.tar.gz", config)
-        try:
-            folder.mkdir(exist_ok=True)
-            with tarfile.open(archive, "r|gz") as tar:  # '|': read once from front to back
-                for member in tar:
-                    file = member.name.removeprefix("cifar-10-batches-py/")
-                    if file in missing and member.isreg():  # no name or link in the archive decides where a file goes
-                        (folder / f"{file}.part").write_bytes(tar.extractfile(member).read())
-                        (folder / f"{file}.part").replace(folder / file)
-                        missing.remove(file)
-            expect(not missing, f"it holds no {', '.join(sorted(missing))}")
-        except (UserError, OSError, EOFError, tarfile.TarError, zlib.error) as error:
-            raise UserError(f"{archive}: cannot be unpacked to {folder} ({error}); delete it to start again") from None
-    images, labels = (np.concatenate(parts) for parts in zip(*(read_batch(folder / file) for file in files)))
-    return torch.from_numpy(images).view(-1, 3, 32, 32), labels
+    """{name: array} of a MATLAB 5 file (save -v6, -v7); text, cells, ... are left out. UserError if damaged."""
+    types = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13), "bBhHiIfdqQ"))  # what values are stored as
+    classes = dict(zip(range(6, 16), "dfbBhHiIqQ"))  # what they mean: MATLAB stores whole doubles as smaller types
+    arrays = {}
+    with explained(f"{path} is not a whole MATLAB 5 file", "delete it and fetch it again"), open(path, "rb") as file:
+        expect(file.read(128)[124:] == b"\0\1IM", "its header is another; version 7.3 is not supported")
+        while tag := file.read(8):
+            kind, n = np.frombuffer(tag, "<u4").tolist()
+            raw, parts, decoder = bytearray(b"" if kind == 15 else tag), [], zlib.decompressobj()
+            for left in range(n, 0, -65536):  # piece by piece: SVHN's extra set is 1.6 GB
+                piece = file.read(min(left, 65536))
+                raw += decoder.decompress(piece) if kind == 15 else piece
+            expect(decoder.eof if kind == 15 else len(raw) == 8 + n, "it is incomplete")
+            raw = memoryview(raw)[8:]
+            while raw:  # the matrix's parts, each a type and data; up to 4 bytes of data lie in the tag itself
+                kind, n = np.frombuffer(raw[:8], "<u4").tolist()
+                kind, n, start = (kind, n, 8) if kind < 65536 else (kind % 65536, kind >> 16, 4)
+                parts.append((kind, raw[start:start + n]))
+                raw = raw[start + n + -(start + n) % 8:]  # padded
+            (_, flags), *parts = parts
+            if flags[0] in classes and not flags[1] & 8:  # not text, cells, ..., nor complex
+                (_, shape), (_, name), (kind, values) = parts
+                values = np.frombuffer(values, types[kind]).reshape(np.frombuffer(shape, "<u4"), order="F")
+                arrays[str(name, "latin1")] = values.astype(classes[flags[0]], copy=False)
+    return arrays
 
 def read_batch(path):
-    """Images uint8 (N,3072) and labels int64 (N,) of one batch. Raises UserError for any other file."""
-    try:
+    """Images uint8 (N,3,32,32) and labels int64 (N,) of one of CIFAR-10's Python batches."""
+    with explained(f"{path} is no readable CIFAR-10 batch", "delete it to unpack it again"):
         batch = Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         array, labels = (batch.get(key.encode(), batch.get(key)) for key in ("data", "labels"))
-        _, shape, dtype, fortran, data = array.state
-        images = np.frombuffer(data, dtype.args[0]).reshape(shape, order="F" if fortran else "C")
+        *_, shape, dtype, fortran, values = array
+        images = np.frombuffer(values, dtype[0]).reshape(shape, order="F" if fortran else "C")
         labels = np.fromiter(labels, np.int64)  # unlike numpy.array, it does not follow lists of lists of ...
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise UserError(f"{path}: no readable CIFAR-10 batch ({error!r}); delete it to unpack it again") from None
-    expect(images.dtype == np.uint8 and images.shape == (labels.size, 3072) != (0, 3072) and {*labels} <= {*range(10)},
-           f"{path}: {images.dtype} {images.shape}, {len(labels)} labels; expected uint8 (N,3072) and N from 0 to 9")
-    return images, labels
-
-class Pickled:
-    """Stands in for numpy's arrays and dtypes while unpickling: it keeps what the file says and runs none of it."""
-    def __init__(self, *args):
-        self.args = args
-    def __setstate__(self, state):
-        self.state = state
+        n, right = len(labels), images.dtype == np.uint8 and {*labels} <= {*range(10)}
+        expect(right and images.shape == (n, 3072) and n, f"data {images.dtype} {images.shape}, {n} labels")
+        return images.reshape(-1, 3, 32, 32), labels
 
 class Unpickler(pickle._Unpickler):
     """Admits arrays and plain containers only. In Python: a damaged file can make the one in C allocate gigabytes."""
     dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: None}  # this could too, and CIFAR-10 has none
-
+    class Kept(list):  # what the file says of an array or a dtype, none of it run: arguments to make it, then its state
+        __setstate__ = list.extend
     def find_class(self, module, name):
         expect(module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"), f"it wants {module}.{name}")
-        return Pickled
+        return lambda *args: self.Kept(args)
 
 def fetch(file, config):
     """The path of an official file. A missing one is downloaded to FILE.part, or resumed there, checked and renamed."""
-    (url, md5, size), path, part = DOWNLOADS[file], Path(config.data_dir) / file, Path(config.data_dir) / f"{file}.part"
+    (url, md5, size), path, part = DOWNLOADS[file], Path(config.data_dir, file), Path(config.data_dir, f"{file}.part")
     if path.exists():
         return path
-    print(f"fetching {url} ({size / 1e6:.0f} MB) to {path}", file=sys.stderr)
-    try:
+    with explained(f"{path} is missing and could not be fetched", f"run again online, or put a copy of {url} there"):
         part.parent.mkdir(parents=True, exist_ok=True)
-        have, before = part.stat().st_size if part.exists() else 0, -1
-        while before < have < size:  # go on as long as every connection brings something
-            before, request = have, urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        have = part.stat().st_size if part.exists() else 0
+        if have < size:
+            print(f"fetching {url} ({size / 1e6:.0f} MB) to {path}", file=sys.stderr)
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
             with urllib.request.urlopen(request, timeout=30) as response, \
                     open(part, "ab" if response.status == 206 else "wb") as out:  # 200: from the start, after all
                 while out.tell() <= size and (data := response.read(1 << 20)):
                     out.write(data)
                     if sys.stderr.isatty():
-                        print(f"\r{out.tell() / size:4.0%}", end="\r", file=sys.stderr)
-                out.flush()
-                os.fsync(out.fileno())
+                        print(f"{out.tell() / size:4.0%}", end="\r", file=sys.stderr)
                 have = out.tell()
         expect(have >= size, f"the connection ended after {have:,} of {size:,} bytes")
         found = hashlib.md5(np.memmap(part, mode="r"), usedforsecurity=False).hexdigest()
@@ -1005,9 +894,6 @@ def fetch(file, config):
             part.unlink()
         expect(found == md5, f"its MD5 is {found}, expected {md5}")
         return part.replace(path)
-    except (UserError, OSError, http.client.HTTPException) as error:
-        raise UserError(f"{path} is missing and could not be fetched ({error}): run again where there is a network, or "
-                        f"put a copy of {url} there") from None
 
 # Strokes of the digits 0-9 in two typefaces on a grid of 5 columns, 9 rows: "2048" is from column 2, row 0 to column 4,
 # row 8. A comma starts a new one. The points steer a quadratic B-spline: corners come out round, but sharp if doubled.
@@ -1016,22 +902,22 @@ TYPEFACES = ("204048080020|11202028|02004044080848|01004044242444480807|36060630
              "204048080020|02202028,0848|0300404316080848|004040232343480807|10050545,3338|401010030343480807|"
              "30040848441405|01000040402428,1444|20000345480805434020|4344040040433818")
 
-@functools.lru_cache
 def digit_fields():
     """The distance to the nearest stroke at points 1/4 column apart, each typeface round and square: (4,10,53,41)."""
     grid, fields = np.mgrid[-2.5:10.6:0.25, -3:7.1:0.25][::-1].astype(np.float32), []  # x and y
     for digit, square in ((d, square) for face in TYPEFACES for square in (False, True) for d in face.split("|")):
         fields.append(np.full(grid[0].shape, 9, np.float32))
         for stroke in digit.split(","):
-            p = np.array([int(c) for c in stroke], np.float32).reshape(-1, 2)  # a row for each point
+            p = np.array([*stroke], np.float32).reshape(-1, 2)  # a row for each point
             if square:  # midpoints pull the spline towards its corners
                 p = np.insert(p, np.arange(1, len(p)), (p[1:] + p[:-1]) / 2, axis=0)
             for _ in range(3):  # Chaikin: cutting corners again and again leads to the spline
-                cut = np.stack([0.75 * p[:-1] + 0.25 * p[1:], 0.25 * p[:-1] + 0.75 * p[1:]], 1).reshape(-1, 2)
-                p = np.concatenate([p[:1], cut, p[-1:]])
-            for start, way in zip(p[:-1, :, None, None], np.diff(p, axis=0)[:, :, None, None]):
-                t = ((grid - start) * way).sum(0) / np.maximum((way * way).sum(), 1e-9)
-                fields[-1] = np.minimum(fields[-1], np.hypot(*(grid - start - t.clip(0, 1) * way)))
+                p = np.pad(np.repeat(p, 2, axis=0), ((1, 1), (0, 0)), "edge")
+                p = (p[:-2] + 2 * p[1:-1] + p[2:]) / 4
+            way = np.diff(p, axis=0).T[:, :, None, None]
+            from_start = grid[:, None] - p[:-1].T[:, :, None, None]  # (x or y,segment,53,41)
+            t = (from_start * way).sum(0) / np.maximum((way * way).sum(0), 1e-9)
+            fields[-1] = np.minimum(fields[-1], np.hypot(*(from_start - t.clip(0, 1) * way)).min(0))
     return torch.from_numpy(np.stack(fields)).view(-1, 10, *grid[0].shape)
 
 def make_digits(n, seed):
@@ -1040,8 +926,7 @@ def make_digits(n, seed):
         return torch.from_numpy(rng.uniform(low, high, (b, 1, 1, 1)).astype(np.float32))
     def normal(scale, *shape):
         return torch.from_numpy(rng.standard_normal((b, *shape), np.float32)) * scale
-    def smooth(scale, channels, points):  # a random surface through points x points heights
-        return F.interpolate(normal(scale, channels, points, points), (32, 32), mode="bicubic", align_corners=True)
+    smooth = functools.partial(F.interpolate, size=(32, 32), mode="bicubic", align_corners=True)
     fields, axis, b = digit_fields(), torch.linspace(-15.5, 15.5, 32), 250
     images, labels = torch.empty((n, 3, 32, 32), dtype=torch.uint8), torch.empty(n, dtype=torch.int64)
     for first in range(0, n, b):
@@ -1049,7 +934,7 @@ def make_digits(n, seed):
         digits = rng.integers(0, 10, (b, 3))  # left, middle, right
         field = fields[rng.integers(0, len(fields), (b, 1)), digits].view(3 * b, 1, *fields.shape[2:])
         # The point of the drawing that each pixel shows: shifted, bent, turned, slanted, scaled.
-        bend, angle, size = smooth(0.85, 2, 5), between(-0.26, 0.26), between(2.3, 3.1)  # px, rad, px a column
+        bend, angle, size = smooth(normal(0.85, 2, 5, 5)), between(-0.26, 0.26), between(2.3, 3.1)  # px, rad, px/column
         x, y = axis + bend[:, :1] + between(-1.8, 1.8), axis[:, None] + bend[:, 1:] + between(-1.8, 1.8)
         x, y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
         x, y = (x + y * between(-0.28, 0.28)) / (size * between(0.82, 1.3)), y / size
@@ -1064,7 +949,7 @@ def make_digits(n, seed):
         contrast = between(0.22, 0.7)
         grey, sign = 0.5 + between(-1, 1) * (0.42 - contrast / 2), between(-1, 1).sign()
         wall = grey - sign * contrast / 2 + normal(0.05, 3, 1, 1)
-        image = torch.lerp(wall + smooth(0.04, 3, 4), wall + normal(0.1, 3, 1, 1), outline)
+        image = torch.lerp(wall + smooth(normal(0.04, 3, 4, 4)), wall + normal(0.1, 3, 1, 1), outline)
         image = torch.lerp(image, grey + sign * contrast / 2 + normal(0.05, 3, 1, 1), ink)
         image = image * (1 + between(-0.01, 0.01) * axis[:, None] + between(-0.01, 0.01) * axis)
         blurred = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -1337,7 +1222,7 @@ def trial(device):
     data = load_data(Config(labels=80, unlabeled=1000, dev=10, test=10)).to(device, math.inf)
     return data, Pseudo(torch.arange(1000), torch.full((1000, 10), 0.1), 1000)
 
-def step_seconds(network, data, pseudo, config, steps=11):
+def step_seconds(network, data, pseudo, config, steps=6):
     """Seconds per step of train() itself, after one to warm up."""
     times = []
     watch = types.SimpleNamespace(images=0, restore=lambda _: 0, due=lambda: not times,  # in the place of a Run
@@ -1446,8 +1331,10 @@ def main(argv=None):
         actions = {evaluate: config.evaluate, dry_run: config.dry_run, benchmark: config.benchmark, noisy_student: True}
         next(action for action, wanted in actions.items() if wanted)(config)
         return 0
-    except (UserError, OSError) as error:  # OSError: a file or folder that cannot be read or written
+    except UserError as error:
         message = f"error: {error}"
+    except OSError as error:
+        message = f"error: {error}: cannot be read or written; make room, or choose another --out or --data-dir"
     except torch.cuda.OutOfMemoryError:
         message = None  # for below, where the network that did not fit is gone
     except (RuntimeError, MemoryError) as error:

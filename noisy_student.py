@@ -543,7 +543,8 @@ PERTURBATIONS = {"gaussian_noise": None, "shot_noise": None, "zoom_blur": .01, "
                  "translate": 1 / 64, "rotate": math.pi / 180, "tilt": .01, "scale": .01}  # translate: in half widths
 
 def corrupt(images, name, severity, generator=None):
-    """uint8 images (N,C,H,W) -> the same, corrupted as by the CIFAR-10-C script, every image with draws of its own."""
+    """uint8 images (N,C,H,W) -> the same, corrupted as by the CIFAR-10-C script, every image with draws of its own.
+    name: of CORRUPTIONS; severity: 1 to 5; generator: on the images' device. UserError, a ValueError, for others."""
     expect(name in CORRUPTIONS and severity in range(1, 6) and images.dtype == torch.uint8 and images.dim() == 4,
            f"found {name!r}, severity {severity}, {images.dtype} {(*images.shape,)}; expected 1 to 5, uint8 (N,C,H,W)")
     x, c, draw = images.float(), CORRUPTIONS[name][severity - 1], dict(generator=generator, device=images.device)
@@ -592,7 +593,8 @@ def _brighten(x, amount):  # the HSV value (largest channel) grows, hue and satu
     return (x + 1e-9) / (value + 1e-9) * (value + 255 * amount).clamp(max=255)
 
 def perturbation_sequence(images, name, frames=30, generator=None):
-    """uint8 images (N,C,H,W) -> (N,frames,C,H,W): the clean one, then PERTURBATIONS[name] more in every frame."""
+    """uint8 images (N,C,H,W) -> (N,frames,C,H,W): the clean one, then PERTURBATIONS[name] more in every frame; images
+    draw the sense of translate, rotate and tilt. generator and errors as for corrupt."""
     expect(name in PERTURBATIONS and frames > 1, f"found {name!r}, {frames} frames; expected PERTURBATIONS, 2 or more")
     growth, x, sequence, r = PERTURBATIONS[name], images.float(), [images.float()], images.shape[2] / images.shape[3]
     if growth is None:
@@ -615,7 +617,7 @@ def flip_rate(predictions, noise=False):
     return (p[:, 1:] != (p[:, :1] if noise else p[:, :-1])).double().mean().item()
 
 def mean_flip_rate(rates, reference):
-    """mFR: 100 x the mean over perturbations of a model's flip rate / the reference's."""
+    """mFR: 100 x the mean over perturbations of a model's flip rate / the reference's. UserError where that is 0."""
     expect(rates and rates.keys() == reference.keys() and min(reference.values()) > 0,
            f"found {rates} and the reference {reference}; expected the same names, no zero to divide by")
     return 100 * sum(rates[name] / reference[name] for name in rates) / len(rates)

@@ -542,6 +542,17 @@ def test_every_name_in_the_readme_exists():
     assert {"noisy_student", "pseudo_label", "filter_and_balance", "RMSpropTF", "corrupt"} <= names
 
 
+def test_every_line_and_length_in_the_readme_is_right():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+    lengths = re.findall(r"\[(\w+\.py)\]\(\1\) \| (\d+) \|", README)
+    folder = os.path.dirname(os.path.abspath(__file__))
+    lines = {file: open(os.path.join(folder, file)).read().splitlines() for file, _ in lengths}
+    assert len(links) >= 12 and len(lengths) == 4
+    for name, file, line in links:
+        assert re.match(rf"(def|class) {name}\b", lines[file][int(line) - 1]), f"{name} is not at {file}:{line}"
+    assert [(file, int(n)) for file, n in lengths] == [(file, len(found)) for file, found in lines.items()]
+
+
 def test_every_command_in_the_readme_parses():
     commands = re.findall(r"noisy_student\.py((?: --?[\w-]+(?: [\w./]+)*)*)", README)
     assert len(commands) > 15

@@ -972,12 +972,11 @@ class Run:
     def __init__(self, config, data):
         self.config, self.data, self.folder, self.main = config, data, Path(config.out), world_of()[0] == 0
         self.log, self.stopping = self.folder / "log.jsonl", False
+        self.state = {"name": None, "generations": [], "log_bytes": 0}
         if config.resume:
             self.state = load_checkpoint(self.folder, identity(config))
-        else:
-            self.state = {"name": None, "generations": [], "log_bytes": 0}
-            free = not self.main or is_free(self.folder)
-            expect(free, f"{self.folder} is not empty: add --resume to go on with its run, or choose another --out")
+        elif self.main:
+            expect(is_free(self.folder), f"{self.folder} is not empty: add --resume to go on, or choose another --out")
         self.records, pseudo = self.state["generations"], self.state.get("pseudo")
         self.pseudo = Pseudo(*pseudo) if pseudo else None
         if self.main:
@@ -985,13 +984,11 @@ class Run:
             with open(self.log, "ab") as log:
                 log.truncate(self.state["log_bytes"])  # the steps after the checkpoint will be done again
             self.save(self.state)  # an --out that cannot be written is found now, not in an hour
-
     def start(self, name):
         """The saved network, if an earlier, interrupted run finished this generation, or None."""
         self.name, self.path = name, self.folder / f"{name.replace(' ', '_')}.pt"
         if any(r["name"] == name for r in self.records):
             return load_model(self.path, self.data, self.config)[0]
-
     def restore(self, parts):
         """Put the state of an interrupted generation back into the parts (network, ...) -> the step to go on from."""
         state, self.state = self.state, {}
@@ -1002,15 +999,12 @@ class Run:
             parts[name].load_state_dict(state[name])
         on_signal(self.stop if self.main else signal.SIG_IGN)  # rank 0 saves; the others wait for it to end them
         return state.get("step", 0)
-
     def stop(self, *_):
         self.stopping = True
         on_signal(signal.default_int_handler)
         print("\nstopping after this step (again: at once) ...", file=sys.stderr, flush=True)
-
     def due(self):
         return self.stopping or time.monotonic() - self.seen >= REPORT_EVERY
-
     def report(self, step, steps, lr, loss_labeled, loss_unlabeled, parts):
         """Show and log the progress; save every minute, at the end and when asked to stop."""
         now, loss_unlabeled = time.monotonic(), loss_unlabeled if self.pseudo else None
@@ -1018,10 +1012,10 @@ class Run:
         self.seen, self.shown = now, self.images
         if not self.main:
             return
-        saving = step == steps or self.stopping or now - self.saved >= SAVE_EVERY
         losses = f"L {loss_labeled:.3f}  " + (f"U {loss_unlabeled:.3f}" if self.pseudo else " " * 7)
         line = (f"{self.name:<12} {parts['model'].name:<6} step {step:>6}/{steps}  {losses}  {rate:6.0f} img/s  "
                 f"{clock(seconds / step * (steps - step))} left")
+        saving = step == steps or self.stopping or now - self.saved >= SAVE_EVERY
         if sys.stdout.isatty() or saving:  # on a terminal each line overwrites the one before
             print(line, end="\033[K\r" if sys.stdout.isatty() and step < steps else "\n", flush=True)
         with open(self.log, "a") as log:
@@ -1035,12 +1029,10 @@ class Run:
         if self.stopping:
             raise KeyboardInterrupt(f"stopped at step {step} of {self.name}, nothing is lost; go on with: "
                                     f"python noisy_student.py --resume --out {self.folder}")
-
     def save(self, state):
         save_file(self.folder / "checkpoint.pt", "checkpoint", state | dict(
             config=identity(self.config), generations=self.records, log_bytes=self.log.stat().st_size))
         self.saved = time.monotonic()
-
     def finish(self, model, size=None):
         """Evaluate a trained generation, save its network and add its line to the results."""
         on_signal(signal.default_int_handler)  # between generations there is nothing to save
@@ -1058,7 +1050,6 @@ class Run:
             save_model(self.path, model, data, size)
             self.results()
             self.save({"name": None})
-
     def results(self, show=False):
         """Write results.json, the robustness relative to the control included; show: and the tables -> its content."""
         results, path = {"config": asdict(self.config), "generations": self.records}, self.folder / "results.json"
@@ -1109,7 +1100,7 @@ def load_file(path, kind):
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = content["kind"], content["version"]
     except Exception as error:  # a damaged or foreign file can fail in any way
-        raise UserError(f"{path} is not a {kind} that this program wrote ({type(error).__name__})") from None
+        raise UserError(f"{path}: no {kind} that this program wrote ({type(error).__name__})") from None
     expect(found == (kind, VERSION), f"{path}: found {found}, expected a {kind} of version {VERSION}")
     return content
 
@@ -1160,8 +1151,8 @@ def plot(config, data, records):
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for k, r in enumerate(records):
         color, report = f"C{k - 1}" if k else "grey", r["robustness"]  # grey: the control
-        bar = error.bar("\nat ".join(r["name"].split(" at ")) + f"\n{r['model']}", 100 * r["test_error"], color=color)
-        error.bar_label(bar, fmt="%.1f")
+        tick = f"{r['name']}\n{r['model']}".replace(" at ", "\nat ")
+        error.bar_label(error.bar(tick, 100 * r["test_error"], color=color), fmt="%.1f")
         for key, style in ("loss_labeled", "-"), ("loss_unlabeled", ":"):
             points = [(e["step"], e[key]) for e in entries if e["generation"] == r["name"] and e[key] is not None]
             loss.plot(*np.reshape(points, (-1, 2)).T, style, color=color, marker=".", markersize=3)

@@ -170,8 +170,8 @@ class Block(nn.Module):                         # MBConv; squeeze-excite by a qu
 class EfficientNet(nn.Module):
     """float (N,3,H,W), normalised, of any size -> logits (N,K). ValueError: an argument out of range.
     name: of FAMILY. small_images: stages 2, 3 keep stride 1, for 32x32 (official code). dropout: drop rate before the
-    classifier, None: the family's. survival: block i of N drops with probability (1 - survival) * i / N (official), so
-    survival falls from 1 to this with depth. bn_momentum: PyTorch's, which is 1 - TensorFlow's."""
+    classifier, None: the family's. survival: block i of N drops with probability (1 - survival) * i / N (official), i
+    from 0, if it has a skip connection. bn_momentum: PyTorch's, which is 1 - TensorFlow's."""
     def __init__(self, name="b0", num_classes=1000, *, small_images=False, dropout=None, survival=0.8,
                  bn_momentum=0.01):
         super().__init__()
@@ -200,7 +200,7 @@ class EfficientNet(nn.Module):
     def forward(self, x, noised=None):
         x = self.stem(x)                                                        # (N,C,H/2,W/2)
         for block in self.blocks:
-            x = block(x, noised)                                                # in the end (N,C,H/32,W/32)
+            x = block(x, noised)                                                # to (N,C,H/32,W/32), small H/8
         x = self.head(x).mean((2, 3))                                           # (N,C)
         return self.classifier(keep_randomly(x, x.shape, 1 - self.dropout, self.training, noised))
     def train(self, mode=True):

@@ -7,8 +7,8 @@ Algorithm 1                                                                     
 4. make the student the teacher and go back to 2                                      noisy_student(config)
 
 The noise is RandAugment (randaugment.py) on the images, dropout and stochastic depth (efficientnet.py) in the network.
-Shapes: N or B images in a batch, U unlabelled images in a batch, M unlabelled images in all, C channels, H, W pixels,
-K classes. Images are uint8 (N,3,H,W) tensors that live on the device; a batch is `images[rows]`.
+Shapes: B labelled and U unlabelled images per step, n labelled and M unlabelled images in all, N images of any kind,
+C channels, H, W pixels, K classes. Images are uint8 (N,3,H,W) tensors that live on the device; a batch is images[rows].
 
 Sources: [v4] the final paper, [v1] and [v2] earlier versions of it on arXiv, [code] the official code,
 google-research/noisystudent; `ours:` marks a deviation. The README maps the paper's tables to functions.
@@ -51,6 +51,7 @@ class UserError(ValueError):
     """What the user can mend, in one line: what was found, what was expected, what to do. Exit status 2."""
 
 def expect(holds, message):
+    """UserError with this message unless it holds."""
     if not holds:
         raise UserError(message)
 
@@ -63,12 +64,13 @@ def option(default, source, **more):
 
 @dataclass
 class Config:
-    """One run; the defaults are the demo on digits. Every field is a flag: --steps N, --balance / --no-balance, ..."""
+    """One run; the defaults are the demo on digits. Every field is a flag: --steps N, --balance / --no-balance, ...
+    On the command line none and all both mean None; each field says what None is."""
     # What runs
     preset: str = option("demo", "demo: sized for a laptop; paper: the official recipe", choices=("demo", "paper"))
     dataset: str = option("digits", "digits (generated), cifar10, svhn, or a folder of .npy files")
-    models: tuple[str, ...] = option(("nano", "micro", "tiny"), "teacher and students [v1: b7 b7 l0 l1 l2]")
-    allow_smaller: bool = option(False, "allow students smaller than their teacher (distillation) [v4 Algorithm 1]")
+    models: tuple[str, ...] = option(("nano", "micro", "tiny"), "teacher and students [v1: b7 b7 l0 l1 l2 l2]")
+    allow_smaller: bool = option(False, "allow students smaller than their teacher (distillation, not Algorithm 1)")
     seed: int = option(0, "everything random follows from it")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     out: str | None = option(None, "output folder (none: runs/DATASET, or the first free one of runs/DATASET-2, ...)")
@@ -86,10 +88,10 @@ class Config:
     ratio: int = option(1, "unlabelled images per labelled one, r [v4: 14, 28 for L2; v1: 3 or 1; SVHN: 5]")
     steps: int = option(1500, "steps of each student and of the supervised control [SVHN: 109,474]")
     teacher_steps: int | None = option(None, "steps of the teacher (none: as --steps)")
-    learning_rate: float = option(0.128, "peak, per 256 labelled images [v4: 0.128 at 2048]")
-    epochs: float = option(350.0, "what the schedule counts the steps as [v4: 350, small 700; SVHN: 202.33]")
+    learning_rate: float = option(0.128, "peak, per 256 labelled images [v4: 0.016, that is 0.128 at 2048]")
+    epochs: float = option(350.0, "epochs that --steps stand for in the schedule [v4: 350, small 700; SVHN: 202.33]")
     warmup_epochs: float = option(5.0, "epochs of linear warm-up [code: 5]")
-    decay_epochs: float = option(2.4, "epochs between falls by 3% of the rate [v4: 2.4 of 350]")
+    decay_epochs: float = option(2.4, "epochs between falls by 3% of the rate [v4: 2.4 of 350, 4.8 of 700]")
     weight_decay: float = option(1e-5, "L2 term on everything but batch-norm [code: 1e-5; SVHN: 1e-4]")
     ema: float = option(0.99, "decay of the average of the weights, which is what labels [code: 0.9999]")
     bn_momentum: float = option(0.1, "share of the newest batch in the batch-norm averages [code: 0.01]")
@@ -99,21 +101,21 @@ class Config:
     joint: bool = option(True, "both kinds of images in every batch; off: pretrain, then fine-tune [v4]")
     warm_start: bool = option(False, "start a student from the weights of its teacher [v4]")
     # Noise
-    augment: bool = option(True, "RandAugment and Cutout on the training images [v4]")
-    num_ops: int = option(2, "RandAugment operations per image, N [v4: 2]")
-    magnitude: float = option(5.0, "RandAugment magnitude, M [v4: 27; official code: B2 6 ... B6 24; SVHN 5]")
+    augment: bool = option(True, "RandAugment and Cutout on the training images; crop and flip stay [v4]")
+    num_ops: int = option(2, "RandAugment operations per image [v4: 2]")
+    magnitude: float = option(5.0, "RandAugment magnitude [v4: 27; code: none for B0, B1, then B2 6 ... B6 24; SVHN 5]")
     translate_const: float = option(4.0, "pixels of translation at magnitude 10 [code: 100; 32x32: 4]")
     cutout_const: float = option(4.0, "half the side of its Cutout at magnitude 10 [code: 40; 32x32: 4]")
     cutout: int = option(4, "half the side of a further Cutout, 0: none [code, SVHN: 8]")
     crop: int = option(2, "reflect-pad by so many pixels and crop at random, 0: none [code, SVHN: 4]")
     dropout: float | None = option(None, "drop rate at the end (none: the network's own) [v4: 0.5]")
-    survival: float = option(0.8, "survival probability at the last block, stochastic depth [v4: 0.8]")
+    survival: float = option(0.8, "stochastic depth: block i of N, from 0, survives with 1 - (1 - this) i/N [v4: 0.8]")
     unlabeled_augment: bool = option(True, "augment the unlabelled images too [v4 table 6]")
     unlabeled_model_noise: bool = option(True, "dropout and stochastic depth on the unlabelled images too [v4 table 6]")
     noisy_teacher: bool = option(False, "label with the noise on [v4 table 6]")
     # Pseudo labels
     hard: bool = option(False, "hard (one-hot) pseudo labels instead of soft ones [v4 Algorithm 1; v1]")
-    temperature: float = option(1.0, "soft label = softmax(logits / T) [code: 1]")
+    temperature: float = option(1.0, "soft label = softmax(logits / T); hard ones have none [code: 1]")
     threshold: float = option(0.3, "keep images of at least this confidence, 0: all [v4: 0.3]")
     interval: tuple[float, float] | None = option(None, "keep confidences in [LOW, HIGH) [v1: soft, hard]")
     balance: bool = option(True, "as many images of every class, by choice and duplication [v4]")
@@ -135,13 +137,14 @@ class Config:
     evaluate: str | None = option(None, "measure a saved network, OUT/NAME.pt, again", action=True)
 
 
-# The official run [code]. decay_epochs takes the rate per 256 images from 0.016 to 0.0002 in 202.33 - 5 epochs.
+# The official run [code]; offline it has threshold 0.3, balance and per_class 53,113 instead. decay_epochs solves 0.016
+# to 0.0002, per 256 images, in 202.33 - 5 epochs; as the staircase counts from step 0, the rate ends at 0.00018.
 SVHN_RECIPE = dict(
     learning_rate=0.016,
     labels=None, dev=4000, test=None, unlabeled=None, extra=True, models=("b0", "b0"), batch=128, ratio=5, steps=109474,
     epochs=109474 * 128 / 69257, decay_epochs=1.3716, weight_decay=1e-4, ema=0.9999, bn_momentum=0.01, loss="ratio",
     magnitude=5.0, cutout=8, crop=4, threshold=0.0, balance=False)
-PRESETS = {  # what differs from the defaults. ours: demo, chosen on dev
+PRESETS = {  # what differs from the defaults; the demo's values are ours, chosen on dev
     "demo": {"digits": {},
              "cifar10": dict(labels=4000, dev=2000, test=None, unlabeled=None, steps=3000, ratio=2),
              "svhn": dict(labels=1000, dev=4000, test=None, unlabeled=None, steps=3000, ratio=2),
@@ -159,7 +162,7 @@ def complete(config):
             (("magnitude", "translate_const", "cutout_const", "cutout", "crop"), 0, 1000, "a number in [0, 1000)"),
             (("learning_rate", "epochs", "decay_epochs", "temperature", "memory"), 1e-30, math.inf, "a number above 0"),
             (("threshold", "label_smoothing", "dropout", "ema"), 0, 1, "a number in [0, 1)"),
-            (("survival", "unlabeled_fraction", "bn_momentum"), 1e-30, 1.0000001, "a number in (0, 1]")):
+            (("survival", "unlabeled_fraction", "bn_momentum"), 1e-30, 1.0000001, "a number in (0, 1]")):  # 1 too
         for name in names:
             value = getattr(config, name)
             expect(value is None or low <= value < high, f"--{name.replace('_', '-')} is {value}: expected {expected}")
@@ -170,7 +173,7 @@ def complete(config):
     expect(not config.warm_start or len({*names}) == 1, f"--models is {' '.join(names)}: --warm-start needs equal ones")
     for name in names:
         expect(name in FAMILY, f"unknown network {name!r} in --models: expected some of {', '.join(FAMILY)}")
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes only
         sizes = [sum(w.numel() for w in EfficientNet(name, 10).parameters()) for name in names]
     for teacher, student, before, after in zip(names, names[1:], sizes, sizes[1:]):
         expect(after >= before or config.allow_smaller,
@@ -189,7 +192,7 @@ def complete(config):
 def noisy_student(config):
     """The whole method: a supervised control, a teacher, then students, each taught by the one before.
 
-    Returns {"config": {...}, "generations": [...]}, which is also in OUT/results.json (the README explains each entry).
+    Returns {"config": {...}, "generations": [...]}, which is also in OUT/results.json.
     The dev set is for choosing hyperparameters; the test set is read once per generation, at its end."""
     config = complete(config)
     device = setup(config)
@@ -204,12 +207,12 @@ def noisy_student(config):
     for name, network in chain:
         model = run.start(name)  # None, unless an earlier, interrupted run got there
         if model is None:
-            # The control is the last student's run with the unlabelled part left out, hence the last student's key:
-            # a generation's weights and noise start from (seed, key), the order of labelled images from the seed.
+            # The control starts with the last student's weights and noise, so they differ in the unlabelled part alone:
+            # weights and noise follow from (seed, key), the order of labelled images from the seed.
             key = chain[-1][0] if name == "supervised" else name
             model = build(network, data, config, key)
             if name.startswith("student"):
-                # Step 2: the un-noised teacher labels the clean unlabelled images.
+                # Step 2: the un-noised teacher labels the clean unlabelled images (a resumed run may have done so).
                 run.pseudo = run.pseudo or make_pseudo(teacher, data, config, key)
                 if config.warm_start:
                     model.load_state_dict(teacher.state_dict())
@@ -232,7 +235,8 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
     """Minimise cross-entropy on noised labelled images, and on noised unlabelled ones where `pseudo` is given.
 
     model: EfficientNet, trained in place. steps: default config.steps. key: seeds the noise. run: a Run to report to.
-    augment=False, frozen (so many of stem and blocks), size (pixels) and base_lr serve the fix-resolution fine-tune.
+    augment=False, frozen (so many of stem and blocks), size (pixels) and base_lr (the peak rate at this batch; default:
+    config's, scaled) serve the fix-resolution fine-tune.
     Returns the moving average of the weights, a network in evaluation mode. UserError when the loss is not finite."""
     steps, device = steps or config.steps, next(model.parameters()).device
     rank, world = world_of()
@@ -242,13 +246,13 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
         U, joint, pseudo = 0, True, Pseudo(torch.arange(0), torch.zeros(0, data.num_classes), 0)
     weight_l, weight_u = loss_weights(config.loss, config.ratio) if U and joint else (1.0, 1.0)
     base_lr = base_lr or config.learning_rate * B / 256
-    frozen = [module.requires_grad_(False) for module in [model.stem, *model.blocks][:frozen]]
+    shallow = [module.requires_grad_(False) for module in [model.stem, *model.blocks][:frozen]]
     ema = EMA(model, config.ema)
     optimizer = RMSpropTF(parameter_groups(model, config.weight_decay), base_lr)
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer}
     first = ema.updates = run.restore(parts) if run else 0
     model.train()
-    for module in frozen:
+    for module in shallow:
         module.eval()
     forward = torch.compile(model) if config.compile else model
     if world > 1:
@@ -263,8 +267,9 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
             group["lr"] = lr
 
         # The batch: b labelled images, then u unlabelled ones, in one forward pass with joint batch-norm statistics.
-        b, u = (B, U) if joint else (0, U) if step < 0.8 * steps else (B, 0)  # ours: the share of pretraining
-        rows_l = batch_rows(n, b, step, config.seed, "labelled")[rank::world]
+        # Without --joint: unlabelled ones alone in the first 80% of the steps (ours), then labelled ones alone.
+        b, u = (B, U) if joint else (0, U) if step < 0.8 * steps else (B, 0)
+        rows_l = batch_rows(n, b, step, config.seed, "labelled")[rank::world]  # no key: the same for the control
         rows_u = pseudo.rows[batch_rows(len(pseudo.rows), u, step, config.seed, key)[rank::world]]
         b, u = len(rows_l), len(rows_u)
         images = torch.cat([gather(data.labeled_images, rows_l, device),
@@ -277,7 +282,8 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", run=None,
 
         # The loss: cross-entropy, averaged over each part, and the parts weighted.
         with precision(device, config):
-            logits = forward(normalise(images, data, size), b + u if config.unlabeled_model_noise else b)  # (b+u,K)
+            noised = b + u if config.unlabeled_model_noise else b  # dropout, stochastic depth on the first so many
+            logits = forward(normalise(images, data, size), noised)  # (b+u,K)
         losses = -(target * F.log_softmax(logits.float(), 1)).sum(1)  # (b+u,)
         loss_l, loss_u = losses[:b].sum() / max(1, b), losses[b:].sum() / max(1, u)
         loss = weight_l * loss_l + weight_u * loss_u
@@ -389,7 +395,8 @@ def seed_of(*parts):
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 @functools.lru_cache(maxsize=4)
-def shuffled(n, *key):
+def pass_order(n, *key):
+    """A permutation of n rows, always the same for the same key."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("order", *key)))
 
 def batch_rows(n, batch, step, *key):
@@ -398,7 +405,7 @@ def batch_rows(n, batch, step, *key):
         return torch.arange(0)
     start, end = step * batch, (step + 1) * batch
     passes = range(start // n, (end - 1) // n + 1)
-    return torch.cat([shuffled(n, *key, p) for p in passes])[start - passes[0] * n:end - passes[0] * n]
+    return torch.cat([pass_order(n, *key, p) for p in passes])[start - passes[0] * n:end - passes[0] * n]
 
 def gather(images, rows, device):
     """images[rows] on the device; the images may lie on the CPU or in a memory-mapped file."""
@@ -412,6 +419,7 @@ def normalise(images, data, size=None):
     return (x - 255 * data.mean.view(1, 3, 1, 1)) / (255 * data.std.view(1, 3, 1, 1))
 
 def precision(device, config):
+    """bfloat16 autocast on a GPU, unless --no-amp; nothing on a CPU, where it is slower."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda")
 
 def build(network, data, config, key=""):
@@ -422,7 +430,7 @@ def build(network, data, config, key=""):
     return model.to(data.labels.device, memory_format=torch.channels_last)
 
 def is_small(data):
-    """Whether the network gets the official strides for small images (32x32)."""
+    """Whether the network gets the official strides for small images (there 32x32; ours: up to 64)."""
     return data.test_images.shape[2] <= 64
 
 
@@ -439,7 +447,7 @@ def pseudo_label(teacher, images, data, config, *, size=None, batch=1000, key=""
     """Class probabilities float32 (M,K), on the CPU, of uint8 images (M,3,H,W): the softmax of the teacher's logits.
 
     Images are clean (at `size` pixels if given), dropout and stochastic depth off, batch-norm in evaluation mode;
-    --noisy-teacher (table 6) turns the noise on, but not batch-norm. The teacher comes back as it was."""
+    --noisy-teacher (table 6) turns the noise on, batch-norm stays in evaluation mode. The teacher is not changed."""
     rank, world = world_of()
     device = next(teacher.parameters()).device
     if config.noisy_teacher:
@@ -451,7 +459,7 @@ def pseudo_label(teacher, images, data, config, *, size=None, batch=1000, key=""
         model = fold_batchnorm(teacher)
     batch = max(1, batch * 1024 // (size ** 2 if size else images.shape[2] * images.shape[3]))  # 1000 of 32x32 pixels
     probabilities = torch.zeros(len(images), data.num_classes, device=device)
-    shard, efficientnet.SHARD = efficientnet.SHARD, (0, 1)  # a rank labels whole batches, with all of their noise
+    shard, efficientnet.SHARD = efficientnet.SHARD, (0, 1)  # not a share of each batch's noise, but whole batches
     for start in range(rank * batch, len(images), world * batch):
         x = gather(images, torch.arange(start, min(start + batch, len(images))), device)
         if config.noisy_teacher:
@@ -473,8 +481,8 @@ def filter_and_balance(probabilities, threshold, per_class, generator=None, *, b
     """Rows to train on, int64 (M',), copies included, from pseudo-label probabilities (M,K) [v4].
 
     Keeps images whose confidence, the largest probability, is >= threshold (and < below); of each predicted class the
-    `per_class` most confident (None: the mean number kept). A class with fewer is duplicated at random, its copies
-    differing by at most one; a class with none stays empty, with a warning; nothing kept gives an empty result.
+    `per_class` most confident (None: the mean number kept; paper: 130K). A class with fewer is duplicated at random,
+    copies differing by at most one; a class with none stays empty, with a warning; nothing kept gives an empty result.
     Ours is exact: the official code walks 0.01-wide bins of confidence and draws the number of copies."""
     confidence, label = probabilities.max(1)                                                                 # (M,)
     kept = ((confidence >= threshold) & (confidence < below)).nonzero().squeeze(1)
@@ -495,16 +503,17 @@ def filter_and_balance(probabilities, threshold, per_class, generator=None, *, b
     return torch.cat(rows)
 
 def make_pseudo(teacher, data, config, key=""):
-    """Label, filter and balance the unlabelled images, and turn probabilities into the student's targets -> Pseudo."""
-    dev, K = pseudo_label(teacher, data.dev_images, data, config, key=key).argmax(1), data.num_classes
-    right = (dev == data.dev_labels.cpu()).double().mean().item()
+    """Label, filter and balance the unlabelled images, and turn probabilities into the student's targets -> Pseudo.
+    UserError if the filter leaves none. Dev labels serve to warn of a teacher near chance, nothing else."""
+    guesses, K = pseudo_label(teacher, data.dev_images, data, config, key=key).argmax(1), data.num_classes
+    right = (guesses == data.dev_labels.cpu()).double().mean().item()
     if right < 1.5 / K:  # a teacher that has learned nothing makes a student that learns nothing: say so
         warnings.warn(f"the teacher is near chance: {right:.1%} right on dev, guessing {1 / K:.1%}; dev images it "
-                      f"labelled per class: {dev.bincount(minlength=K).tolist()}; give it more --teacher-steps, "
+                      f"labelled per class: {guesses.bincount(minlength=K).tolist()}; give it more --teacher-steps, "
                       "--labels or --learning-rate")
     probabilities = pseudo_label(teacher, data.unlabeled_images, data, config, key=key)
     confidence, (low, high) = probabilities.amax(1), config.interval or (config.threshold, 1)
-    high = math.inf if high == 1 else high
+    high = math.inf if high == 1 else high  # HIGH is left out, but a confidence of 1 is not
     generator = torch.Generator().manual_seed(seed_of(config.seed, key, "balance"))
     rows = filter_and_balance(probabilities, low, config.per_class, generator, balance=config.balance, below=high)
     expect(len(rows), f"no pseudo label has a confidence in [{low}, {min(high, 1)}]: found {confidence.min():.3f} to "
@@ -520,9 +529,9 @@ def make_pseudo(teacher, data, config, key=""):
 # ---- Fix-resolution fine-tune ------------------------------------------------------------------------- ([v4]; [code])
 def fine_tune_resolution(model, data, config, size, *, epochs=1.5, run=None):
     """Train a copy of `model` for 1.5 epochs more at the larger `size` (pixels), on un-augmented labelled images, the
-    shallow layers frozen and their batch-norm in evaluation mode -> its moving average.
-
-    ours: shallow is the stem and the first half of the blocks, the learning rate a tenth (neither is published)."""
+    shallow layers frozen and their batch-norm in evaluation mode -> its moving average. The learning rate's whole
+    schedule, warm-up included, is squeezed into these steps.
+    ours: shallow is the stem and the first half of the blocks, the rate a tenth (neither is published)."""
     model = copy.deepcopy(model).requires_grad_(True)
     steps = max(1, round(epochs * len(data.labels) / config.batch))
     return train(model, data, config, steps=steps, key="fix resolution", run=run, augment=False, size=size,
@@ -623,7 +632,7 @@ def mean_flip_rate(rates, reference):
     return 100 * sum(rates[name] / reference[name] for name in rates) / len(rates)
 
 def mean_corruption_error(errors, reference):
-    """mCE: the same for the sums of a corruption's five errors."""
+    """mCE: 100 x the mean over corruptions of (the sum of a model's five errors) / (the reference's)."""
     expect({*map(len, [*errors.values(), *reference.values()])} <= {5}, "expected five errors for every corruption")
     return mean_flip_rate({k: sum(errors[k]) for k in errors}, {k: sum(reference[k]) for k in reference})
 

@@ -1,300 +1,459 @@
-"""RandAugment (Cubuk et al. 2019, arXiv 1909.13719) and the other input noise of Noisy Student, on whole uint8 batches.
+"""Input noise on whole batches of images: RandAugment, Cutout, random crop and flip.
 
-Each operation computes what the official TensorFlow code (google-research/noisystudent) computes, pixel for pixel, and
-each image of a batch gets operations of its own. Images are uint8 (N,3,H,W) on any device, never changed in place. The
-random numbers, a few per image, are drawn on the CPU: one seed gives the same images on CPU and GPU, and as the CPU
-knows how many images each operation has, no step waits for the GPU or copies an image from it.
+RandAugment (Cubuk et al. 2019, arXiv 1909.13719) as the official Noisy Student code computes it
+(google-research/noisystudent, TensorFlow), pixel for pixel. Images are uint8 tensors (N,3,H,W) on
+any device and are never changed in place; every image of a batch draws operations of its own.
 
-    augment = RandAugment(num_ops=2, magnitude=5, translate_const=4, cutout_const=4)      # the official SVHN recipe
+    augment = RandAugment(num_ops=2, magnitude=5, translate_const=4, cutout_const=4)  # SVHN
     noised = augment(images, generator=torch.Generator().manual_seed(0))
 
-300 lines: colour and geometric operations; draws, cutout, crop and flip; level to strength (read it before picking a
-magnitude); RandAugment; the contact sheet that `python randaugment.py [IMAGES.npy]` writes.
+    python randaugment.py [IMAGES.npy]          draws every operation at several levels
+
+All random numbers come from the CPU: one seed gives the same images on a CPU and on a GPU, and no
+step waits for the GPU. In reading order: colour operations, geometric operations, cutout with crop
+and flip, from level to strength, RandAugment, contact sheet.
+
+Shapes: N images in a batch, H rows, W columns.
 """
 import argparse
 import functools
-import itertools
 import math
-import struct
 import sys
-import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
+from torch.nn import functional as F
 
-FILL = 128      # the grey of pixels that an operation leaves empty                 Shapes: N batch, H rows, W columns
+FILL = 128      # the grey of pixels that an operation leaves empty
 
-# ---- Colour operations ------------------------------------------------- (official code; PIL's ImageOps, ImageEnhance)
-def to_bytes(x):
-    """Float -> uint8 as the official code casts: clip, then truncate, never round. (By way of int16: twice as fast.)"""
-    return x.clamp_(0, 255).to(torch.int16).to(torch.uint8)
+# The 16 operations, in official order. The RandAugment paper lists 14: it has Identity and lacks
+# Invert, SolarizeAdd and Cutout.
+OPS = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd",
+       "Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX",
+       "TranslateY", "Cutout")
+SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")     # these draw a sign
 
-def blend(degenerate, images, factor):
-    """degenerate + factor·(images - degenerate): 0 is the degenerate image, 1 the original, above 1 extrapolates."""
-    return to_bytes(images.float().sub_(degenerate).mul_(factor).add_(degenerate))
 
-def autocontrast(images, _):
-    """Stretch each channel linearly: its darkest pixel becomes 0, its brightest 255. Flat channels stay."""
-    low, high = (extreme(images, dim=(2, 3), keepdim=True).float() for extreme in (torch.amin, torch.amax))  # (N,3,1,1)
-    flat = low == high
-    low, high = low.masked_fill(flat, 0), high.masked_fill(flat, 255)          # scale 1, offset 0
-    scale = torch.tensor(255.0) / (high - low)      # a tensor: 255.0 / x would be 255.0 · (1 / x), rounded twice
-    return to_bytes(images.float().mul_(scale).add_(-low * scale))
+def expect(holds, message):
+    if not holds:
+        raise ValueError(message)
 
-def equalize(images, _):
-    """Flatten each channel's histogram: v becomes (number of darker pixels + step // 2) // step, as in PIL."""
-    pixels = images.flatten(2).long()                                                                       # (N,3,HW)
-    count = torch.zeros(*pixels.shape[:2], 256, dtype=torch.long, device=images.device)                     # (N,3,256)
-    count.scatter_add_(2, pixels, torch.ones_like(pixels))
-    last = count.gather(2, images.flatten(2).amax(2, keepdim=True).long())      # pixels of the brightest value
-    step = (pixels.shape[2] - last) // 255                                                                  # (N,3,1)
-    table = (count.cumsum(2) - count + step // 2) // step.clamp(min=1)
-    table = torch.where(step > 0, table.clamp_(0, 255), torch.arange(256, device=images.device))   # step 0: unchanged
-    return table.to(torch.uint8).gather(2, pixels).view_as(images)
-
-def posterize(images, bits):
-    """Keep the highest `bits` bits."""
-    shift = 8 - bits if 1 <= bits <= 8 else 7                       # 7: see `strengths`
-    return (images >> shift) << shift
-
-def solarize(images, threshold):
-    """Invert the pixels at or above the threshold."""
-    reached = (images.to(torch.int16) - (threshold - 1)).clamp_(0, 1)          # 1 where pixel >= threshold, else 0
-    return images ^ (reached * 255).to(torch.uint8)                            # x ^ 255 = 255 - x
-
-def solarize_add(images, addition):
-    """Add to the pixels below 128, at most up to 255."""
-    dark = 1 - (images >> 7)                                                   # 1 where pixel < 128, else 0
-    return images + torch.minimum(dark * min(addition, 255), 255 - images)
-
-def color(images, factor):
-    """Blend from grey, which TensorFlow computes on floats in [0,1] and brings back as int(255.5·grey)."""
-    red, green, blue = images.float().mul_(1 / 255).unbind(1)                                               # (N,H,W)
-    grey = (red * 0.2989 + green * 0.5870 + blue * 0.1140).mul_(255.5).trunc_()
-    return blend(grey[:, None], images, factor)
-
-def contrast(images, factor):
-    """Blend from a flat image. Quirk: the official 'mean grey' adds up the histogram's counts, not its grey levels, and
-    so is H·W/256 for every image: 4 at 32×32 (Contrast acts as Brightness there), 196 at 224×224, at most 255."""
-    return blend(min(images.shape[2] * images.shape[3] // 256, 255), images, factor)
-
-@functools.lru_cache(None)
-def accumulator(device):
-    """float32 where torch.add(x, y, alpha=w) rounds once (CUDA, CPUs with fused multiply-add), else float64."""
-    x, y, w = torch.linspace(0, 250, 999, device=device), torch.arange(999.0, device=device), float(np.float32(1 / 13))
-    fused = torch.equal(torch.add(x, y, alpha=w), torch.add(x.double(), y.double(), alpha=w).float())
-    return torch.float32 if fused else torch.float64
-
-def sharpness(images, factor):
-    """Blend from the image smoothed by [[1,1,1],[1,5,1],[1,1,1]] / 13 (PIL's SMOOTH); the border is not smoothed.
-    Float32 weights, one rounding per term: flat areas may come out one level darker, as they officially do."""
-    H, W, dtype = *images.shape[2:], accumulator(images.device)
-    pixels, weights = images.to(dtype), np.float32([1, 1, 1, 1, 5, 1, 1, 1, 1]) / np.float32(13)
-    smooth = torch.zeros_like(pixels[:, :, 2:, 2:])                                                     # (N,3,H-2,W-2)
-    for (row, column), weight in zip(np.ndindex(3, 3), weights.tolist()):
-        smooth = smooth.add_(pixels[:, :, row:H - 2 + row, column:W - 2 + column], alpha=weight).float().to(dtype)
-    degenerate = images.float()
-    degenerate[:, :, 1:-1, 1:-1] = smooth.trunc_()
-    return blend(degenerate, images, factor)
-
-# ---- Geometric operations ------------------------------------------ (official code; tf.contrib.image, nearest pixel)
-def cover(images, hidden):
-    """FILL where `hidden` (bool, broadcast)."""
-    keep = hidden.to(torch.uint8) - 1       # 0 where hidden, else 255: on bytes, masks are 10 times faster than where
-    return (images & keep) | (~keep & FILL)
-
-@functools.lru_cache(32)        # an operation has two maps (one per sign) and needs the same ones at every step
-def source_index(a, b, c, d, e, f, H, W, device):
-    """Output pixel (x, y) shows input pixel (a·x + b·y + c, d·x + e·y + f): float32, rounded half away from zero.
-    -> its index among the H·W pixels, int64 (1,1,HW), and whether it lies outside the image, bool (H,W)."""
-    y, x = torch.arange(H, dtype=torch.float32)[:, None], torch.arange(W, dtype=torch.float32)
-    x, y = a * x + b * y + c, d * x + e * y + f
-    x, y = (v.trunc() + (2 * (v - v.trunc())).trunc() for v in (x, y))
-    inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
-    return torch.where(inside, y.long() * W + x.long(), 0).view(1, 1, H * W).to(device), ~inside.to(device)
-
-def affine(images, *matrix):
-    index, outside = source_index(*map(float, matrix), *images.shape[2:], images.device)
-    return cover(images.flatten(2).gather(2, index.expand(*images.shape[:2], -1)).view_as(images), outside)
-
-def rotate(images, degrees):
-    """About the centre, positive is counter-clockwise. In float32, in the official order of operations."""
-    h, w = (np.float32(size - 1) for size in images.shape[2:])
-    radians = np.float32(degrees) * np.float32(math.pi / 180)
-    cos, sin = np.float32(math.cos(radians)), np.float32(math.sin(radians))
-    return affine(images, cos, -sin, (w - (cos * w - sin * h)) / 2, sin, cos, (h - (sin * w + cos * h)) / 2)
-
-# ---- Draws, cutout, crop, flip ------------------------------------------------------------------- (official code)
-def draw(high, n, generator, shard):
-    """n integers in [0, high), on the CPU. shard = (rank, world): draw for the global batch, dealt out to the
-    ranks in turn, and return this rank's rows. With one seed, the ranks get the noise of a single process."""
-    rank, world = shard
-    if not 0 <= rank < world:
-        raise ValueError(f"shard {shard}: expected (rank, world) with 0 <= rank < world")
-    return torch.randint(high, (n, world), generator=generator)[:, rank]
 
 def check_images(images):
-    found = (images.dtype, tuple(images.shape)) if isinstance(images, torch.Tensor) else type(images).__name__
-    if found[0] != torch.uint8 or len(found[1]) != 4 or found[1][1] != 3 or 0 in found[1][2:]:
-        raise ValueError(f"images: found {found}, expected a torch.uint8 tensor of shape (N,3,H,W)")
+    """Raise ValueError unless images is a torch.uint8 tensor of shape (N,3,H,W)."""
+    expected = "expected a torch.uint8 tensor of shape (N,3,H,W)"
+    expect(isinstance(images, torch.Tensor), f"images: found {type(images).__name__}, {expected}")
 
-def cutout(images, half_size, generator=None, *, shard=(0, 1), centre=None):
-    """A grey square of side 2·half_size about a centre drawn uniformly over each image, clipped at the borders.
-    centre: int64 (2,N) on the CPU, rows and columns, where they have been drawn already."""
+    fits = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
+    expect(fits, f"images: found {images.dtype} of shape {tuple(images.shape)}, {expected}")
+
+
+def draw(high, images, generator):
+    """A whole number in [0, high) for each image, int64 (N), on the CPU."""
+    return torch.randint(high, (len(images),), generator=generator)
+
+
+def send(numbers, images):
+    """Numbers from the CPU onto the images' device, without waiting for it."""
+    return numbers.to(images.device, non_blocking=True)
+
+
+def choose(condition, yes, no):
+    """torch.where on bytes, by bit masks: several times as fast on a CPU."""
+    mask = -condition.byte()                    # 255 where true, 0 where false
+    return (mask & yes) | (~mask & no)
+
+
+def to_bytes(pixels):
+    """Float -> uint8 as the official code casts: clip, then truncate, never round."""
+    return pixels.clamp_(0, 255).short().byte()         # by way of int16: faster
+
+
+# ---- Colour operations ----------------------------- (official code; PIL's ImageOps, ImageEnhance)
+
+def autocontrast(images):
+    """Stretch each channel linearly: its darkest pixel becomes 0, its brightest 255."""
+    low = images.amin((2, 3), keepdim=True).float()     # (N,3,1,1)
+    high = images.amax((2, 3), keepdim=True).float()
+
+    # 255.0 as a tensor: the plain number over x would be 255.0 · (1 / x), which rounds twice.
+    scale = torch.tensor(255.0) / (high - low).clamp(min=1)
+    stretched = to_bytes(images.float().mul_(scale).add_(-low * scale))
+    return choose(low == high, images, stretched)       # a flat channel stays as it is
+
+
+def equalize(images):
+    """Flatten each channel's histogram: v -> (number of darker pixels + step // 2) // step."""
+    pixels = images.flatten(2)                          # (N,3,HW)
+    values = pixels.long()
+    count = values.new_zeros(len(values), 3, 256)       # (N,3,256)
+    count.scatter_add_(2, values, torch.ones_like(values))
+
+    # As in PIL, the pixels of the brightest value do not count towards the step.
+    brightest = pixels.amax(2, keepdim=True).long()     # (N,3,1)
+    step = (pixels.shape[2] - count.gather(2, brightest)) // 255
+    darker = count.cumsum(2) - count                    # (N,3,256)
+    table = (darker + step // 2) // step.clamp(min=1)
+    flattened = table.clamp(max=255).byte().gather(2, values)
+
+    # Step 0 (fewer than 255 other pixels) leaves the channel as it is.
+    return choose(step > 0, flattened, pixels).view_as(images)
+
+
+def grey(images):
+    """TensorFlow's grey levels, (N,1,H,W): on floats in [0,1], then int(255.5 · grey)."""
+    red, green, blue = images.float().mul_(1 / 255).split(1, dim=1)
+    luma = red * 0.2989 + green * 0.5870 + blue * 0.1140
+    return luma.mul_(255.5).trunc_()
+
+
+def smooth(images):
+    """The image under [[1,1,1],[1,5,1],[1,1,1]] / 13 (PIL's SMOOTH), border pixels as they are.
+
+    Officially a float32 sum of float32 weights times pixels, rounded once per term: flat areas may
+    come out one level darker. float64 holds every term exactly, so rounding it repeats that.
+    """
+    H, W = images.shape[2:]
+    pixels = images.double()
+    weights = torch.tensor([1.0, 1, 1, 1, 5, 1, 1, 1, 1]) / 13
+
+    total = torch.zeros_like(pixels[:, :, 2:, 2:])      # (N,3,H-2,W-2)
+    for tap, weight in enumerate(weights.tolist()):
+        row, column = divmod(tap, 3)
+        window = pixels[:, :, row:row + H - 2, column:column + W - 2]
+        total.add_(window, alpha=weight)
+        total.copy_(total.float())
+
+    smoothed = images.clone()
+    smoothed[:, :, 1:-1, 1:-1] = total                  # truncated to bytes
+    return smoothed
+
+
+def enhance(images, name, factor):
+    """Blend from a degenerate image: degenerate + factor · (images - degenerate), as bytes.
+
+    Factor 0 is the degenerate image, 1 the image itself, above 1 extrapolates.
+    """
+    if factor == 1:
+        return images.clone()
+
+    if name == "Color":
+        degenerate = grey(images)
+    elif name == "Contrast":
+        # The official 'mean grey' is the mean of the histogram's 256 counts, not of grey levels,
+        # so it is H·W/256 for every image: 4 at 32×32 (near Brightness), 196 at 224×224.
+        degenerate = min(images.shape[2:].numel() // 256, 255)
+    elif name == "Brightness":
+        degenerate = 0                                  # black
+    else:                                               # Sharpness
+        degenerate = smooth(images)
+    return to_bytes(images.float().sub_(degenerate).mul_(factor).add_(degenerate))
+
+
+# ---- Geometric operations ----------------------- (official code; tf.contrib.image, nearest pixel)
+
+def round_half_away(x):
+    """Round to the nearest whole number, halves away from zero (torch.round: halves to even)."""
+    whole = x.trunc()
+    return whole + (2 * (x - whole)).trunc()
+
+
+@functools.lru_cache(32)        # training asks for the same few maps at every step
+def source_index(name, strength, H, W, device):
+    """Where each output pixel comes from, for both signs: int64 (2,H,W), first +, then -.
+
+    Output pixel (x, y) shows input pixel (u, v), computed in float32 in the official order of
+    operations. The index counts in an image with a border of one pixel, (H+2,W+2): whatever comes
+    from outside the image comes from its border.
+    """
+    y = torch.arange(H).float()[:, None]                # (H,1)
+    x = torch.arange(W).float()                         # (W)
+    u = x
+    v = y
+    strength = torch.tensor([strength, -strength]).view(2, 1, 1)
+
+    if name == "Rotate":                # degrees, counter-clockwise about the centre
+        radians = (strength * (math.pi / 180)).double()
+        cos = radians.cos().float()
+        sin = radians.sin().float()
+        right = W - 1
+        bottom = H - 1
+        u = cos * x - sin * y + (right - (cos * right - sin * bottom)) / 2
+        v = sin * x + cos * y + (bottom - (sin * right + cos * bottom)) / 2
+    elif name == "ShearX":              # pixels per pixel
+        u = x + strength * y
+    elif name == "ShearY":
+        v = y + strength * x
+    elif name == "TranslateX":          # pixels; positive: the content moves left
+        u = x + strength
+    else:                               # TranslateY, positive: up
+        v = y + strength
+
+    u = round_half_away(u).clamp(-1, W) + 1             # +1: the border
+    v = round_half_away(v).clamp(-1, H) + 1
+    index = (v * (W + 2) + u).long()
+    return index.to(device)
+
+
+def take_pixels(pixels, index):
+    """pixels (N,3,P), index int64 (N,H,W) into P -> (N,3,H,W)"""
+    every_channel = index.flatten(1)[:, None].expand(-1, 3, -1)     # (N,3,HW)
+    return pixels.gather(2, every_channel).unflatten(2, index.shape[1:])
+
+
+def transform(images, name, strength, sign):
+    """One geometric operation, in the direction that `sign` (N) gives for each image."""
+    both = source_index(name, strength, *images.shape[2:], images.device)       # (2,H,W)
+    negative = send((sign < 0).long(), images)                      # (N)
+    index = both.index_select(0, negative)                          # (N,H,W)
+
+    bordered = F.pad(images, (1, 1, 1, 1), value=FILL)              # (N,3,H+2,W+2)
+    return take_pixels(bordered.flatten(2), index)
+
+
+# ---- Cutout, crop, flip -------------------------------------------------------- (official code)
+
+def near_centre(size, half_size, images, generator):
+    """Which of `size` rows or columns a square hides, about a uniformly drawn centre: (N,size)."""
+    centre = send(draw(size, images, generator), images)
+    distance = torch.arange(size, device=images.device) - centre[:, None]
+    return (distance >= -half_size) & (distance < half_size)
+
+
+def cutout(images, half_size, generator=None):
+    """Hide a square of side 2 · half_size, in pixels, in each image behind grey.
+
+    uint8 (N,3,H,W) -> a new tensor alike. The centre is uniform over the image; what reaches over
+    the border is cut off. ValueError: wrong dtype or shape, a negative half_size.
+    """
     check_images(images)
-    if half_size < 0:
-        raise ValueError(f"half_size {half_size}: expected 0 or more pixels")
-    n, _, H, W = images.shape
-    if centre is None:
-        centre = torch.stack([draw(size, n, generator, shard) for size in (H, W)])
-    row, column = centre.to(images.device, non_blocking=True).view(2, n, 1, 1, 1)
-    y, x = torch.arange(H, device=images.device)[:, None], torch.arange(W, device=images.device)
-    rows, columns = ((i >= middle - half_size) & (i < middle + half_size) for i, middle in ((y, row), (x, column)))
-    return cover(images, rows & columns)                                                                    # (N,1,H,W)
+    expect(half_size >= 0, f"half_size {half_size}: expected 0 or more pixels")
 
-def random_crop(images, padding, generator=None, *, shard=(0, 1)):
-    """Reflect-pad by `padding` pixels and crop back to (H,W) at an offset drawn for each image."""
+    rows = near_centre(images.shape[2], half_size, images, generator)       # (N,H)
+    columns = near_centre(images.shape[3], half_size, images, generator)    # (N,W)
+    hidden = rows[:, None, :, None] & columns[:, None, None]                # (N,1,H,W)
+    return choose(hidden, FILL, images)
+
+
+def shifted(size, padding, images, generator):
+    """Rows or columns 0 .. size-1, shifted by up to `padding` and reflected: (N,size)."""
+    shift = send(draw(2 * padding + 1, images, generator), images) - padding
+    position = torch.arange(size, device=images.device) + shift[:, None]
+
+    # Mirror at the first and at the last pixel, neither of which is repeated.
+    last = size - 1
+    return last - (last - position.abs()).abs()
+
+
+def random_crop(images, padding, generator=None):
+    """Reflect-pad by `padding` pixels and crop back to (H,W), at an offset drawn for each image.
+
+    uint8 (N,3,H,W) -> a new tensor alike. ValueError: wrong dtype or shape, padding not in [0, H)
+    and [0, W).
+    """
     check_images(images)
-    n, _, H, W = images.shape
-    if not 0 <= padding < min(H, W):
-        raise ValueError(f"padding {padding}: expected 0 to {min(H, W) - 1} pixels, as {H}x{W} images reflect")
-    def reflected(size):                                                                                    # (N,size)
-        shift = draw(2 * padding + 1, n, generator, shard).to(images.device, non_blocking=True) - padding
-        position = (torch.arange(size, device=images.device) + shift[:, None]).abs()
-        return size - 1 - (size - 1 - position).abs()
-    index = (reflected(H)[:, :, None] * W + reflected(W)[:, None]).view(n, 1, H * W)
-    return images.flatten(2).gather(2, index.expand(n, 3, H * W)).view(n, 3, H, W)
+    H, W = images.shape[2:]
+    expect(0 <= padding < min(H, W),
+           f"padding {padding}: expected 0 or more, and less than the {H}x{W} pixels to reflect")
 
-def random_flip(images, generator=None, *, shard=(0, 1)):
-    """Mirror each image left to right with probability 1/2."""
+    rows = shifted(H, padding, images, generator)
+    columns = shifted(W, padding, images, generator)
+    index = rows[:, :, None] * W + columns[:, None]                 # (N,H,W)
+    return take_pixels(images.flatten(2), index)
+
+
+def random_flip(images, generator=None):
+    """Mirror each image left to right with probability 1/2: uint8 (N,3,H,W) -> a new one."""
     check_images(images)
-    flip = draw(2, len(images), generator, shard).bool().to(images.device, non_blocking=True)
-    return torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+    flip = send(draw(2, images, generator), images) == 1            # (N)
+    return choose(flip[:, None, None, None], images.flip(3), images)
 
-# ---- Level to strength, and one operation ------------------------------------------------------ (official code)
-OPS = {     # name: operation(images, strength)
-    "AutoContrast": autocontrast, "Equalize": equalize, "Invert": lambda images, _: 255 - images, "Rotate": rotate,
-    "Posterize": posterize, "Solarize": solarize, "SolarizeAdd": solarize_add, "Color": color, "Contrast": contrast,
-    "Brightness": lambda images, factor: blend(0, images, factor), "Sharpness": sharpness,      # 0: from black
-    "ShearX": lambda images, slope: affine(images, 1, slope, 0, 0, 1, 0),
-    "ShearY": lambda images, slope: affine(images, 1, 0, 0, slope, 1, 0),
-    "TranslateX": lambda images, pixels: affine(images, 1, 0, pixels, 0, 1, 0),         # positive: content moves left
-    "TranslateY": lambda images, pixels: affine(images, 1, 0, 0, 0, 1, pixels),         # positive: up
-    "Cutout": cutout}
-SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")                     # these draw a sign
 
-def strengths(level, sign=1, translate_const=100.0, cutout_const=40.0):
-    """Name -> strength at a level (the magnitude M). Levels are not clipped at 10 (the paper uses 27). Level 0 is
-    not 'off' but what the formulas give at 0: Brightness leaves a tenth, Solarize inverts the whole image."""
-    if not 0 <= level < math.inf:
-        raise ValueError(f"level {level}: expected a finite number, 0 or above (usual magnitudes are 5 to 27)")
-    s = level / 10
-    factor = s * 1.8 + 0.1      # M = 5 is factor 1, the identity for four operations: below it duller, above stronger
-    return {
-        "AutoContrast": None, "Equalize": None, "Invert": None,         # the same at every level
-        "Rotate": sign * (s * 30.0),                                    # degrees: 81 at M = 27
-        # Up to M = 10 both get weaker as M rises: Posterize keeps more bits, Solarize inverts fewer pixels. Later uint8
-        # wraps: outside 1-8 bits (M < 2.5, M >= 22.5) Posterize keeps 1, its strongest; the threshold starts again at
-        # 0 (M = 10 inverts everything, 17 and 27 both give 179). So M = 27 is strong for one, mild for the other.
-        "Posterize": int(s * 4), "Solarize": int(s * 256) % 256, "SolarizeAdd": int(s * 110),
-        "Color": factor, "Contrast": factor, "Brightness": factor, "Sharpness": factor,
-        "ShearX": sign * (s * 0.3), "ShearY": sign * (s * 0.3),         # pixels per pixel
-        "TranslateX": sign * (s * translate_const), "TranslateY": sign * (s * translate_const),     # pixels
-        "Cutout": int(s * cutout_const)}                                # half the side, in pixels
+# ---- From level to strength ----------------------------------------------------- (official code)
 
-def apply_op(images, name, level, sign=1, *, translate_const=100.0, cutout_const=40.0, generator=None):
+def check_level(level):
+    expect(0 <= level < math.inf,
+           f"level {level}: expected a finite number, 0 or above (usual are 5 to 27)")
+
+
+def apply_op(images, name, level, sign=1, *, translate_const=100.0, cutout_const=40.0,
+             generator=None):
     """One operation of OPS on every image: uint8 (N,3,H,W) -> a new tensor alike.
-    sign: 1, -1 or a tensor (N,) of them, for SIGNED operations. The constants are pixels at level 10: 100 and 40 for
-    ImageNet, 4 and 4 at 32×32. generator: CPU, for Cutout. ValueError: wrong dtype, shape, name, level or sign."""
+
+    level: the magnitude M; not clipped at 10, the paper uses 27. Level 0 is not 'off'.
+    sign: 1, -1 or a tensor (N) of them: the direction of the SIGNED operations.
+    translate_const, cutout_const: pixels at level 10; official 100 and 40, at 32×32 4 and 4.
+    generator: a CPU torch.Generator for Cutout's centres; None is torch's global one.
+    ValueError: wrong dtype, shape, name, level or sign.
+    """
     check_images(images)
-    if name not in OPS:
-        raise ValueError(f"operation {name!r}: expected one of {', '.join(OPS)}")
-    images, sign = images.contiguous(), torch.as_tensor(sign, dtype=torch.float32)
-    if sign.shape not in ((), (len(images),)) or (sign.abs() != 1).any():
-        raise ValueError(f"sign {sign.tolist()}: expected 1 or -1, or a tensor with one of them per image")
-    def run(sign):
-        drawn = {"generator": generator} if name == "Cutout" else {}
-        return OPS[name](images, strengths(level, sign, translate_const, cutout_const)[name], **drawn)
-    if name not in SIGNED or sign.ndim == 0:
-        return run(int(sign) if name in SIGNED else 1)
-    return torch.where(sign.to(images.device).view(-1, 1, 1, 1) > 0, run(1), run(-1))
+    check_level(level)
+    expect(name in OPS, f"operation {name!r}: expected one of {', '.join(OPS)}")
 
-# ---- RandAugment ----------------------------------------------------------------- (paper section 2; official code)
+    sign = torch.as_tensor(sign)
+    expect(sign.shape in ((), images.shape[:1]) and (sign.abs() == 1).all(),
+           f"sign {sign.tolist()}: expected 1 or -1, or a tensor with one of them per image")
+    s = level / 10
+
+    # The same at every level.
+    if name == "AutoContrast":
+        return autocontrast(images)
+    elif name == "Equalize":
+        return equalize(images)
+    elif name == "Invert":
+        return 255 - images
+
+    # Keep the highest bits. Up to level 20 Posterize gets *weaker*: 3 bits at level 9, all 8 at 20.
+    # Outside 1 to 8 bits, below level 2.5 and from 22.5 on, the official uint8 wraps: 1 bit stays.
+    elif name == "Posterize":
+        bits = int(s * 4)
+        shift = 8 - bits if 1 <= bits <= 8 else 7
+        return (images >> shift) << shift
+
+    # Invert the pixels at or above a threshold. Up to level 10 Solarize gets *weaker* too. There
+    # uint8 wraps to threshold 0, which inverts everything, as level 0 does; 17 and 27 mean 179.
+    elif name == "Solarize":
+        threshold = int(s * 256) % 256
+        return choose(images >= threshold, 255 - images, images)
+
+    # Add to the pixels below 128, up to 255.
+    elif name == "SolarizeAdd":
+        addition = min(int(s * 110), 255)
+        return choose(images < 128, images + (255 - images).clamp(max=addition), images)
+
+    # Level 5 is factor 1, the *identity*: duller below, stronger above.
+    elif name in ("Color", "Contrast", "Brightness", "Sharpness"):
+        return enhance(images, name, s * 1.8 + 0.1)
+
+    elif name == "Cutout":
+        return cutout(images, int(s * cutout_const), generator)
+
+    elif name == "Rotate":
+        strength = s * 30.0                             # degrees: 81 at level 27
+    elif name in ("ShearX", "ShearY"):
+        strength = s * 0.3                              # pixels per pixel
+    else:
+        strength = s * translate_const                  # pixels
+    return transform(images, name, strength, sign.expand(len(images)))
+
+
+# ---- RandAugment ------------------------------------------ (its paper's section 2; official code)
+
 class RandAugment:
-    """num_ops operations in turn on every image, each drawn uniformly from all 16, with a random sign, always applied
-    (the official code also draws a probability and never uses it). The RandAugment paper lists 14 operations: it has
-    Identity and lacks Invert, SolarizeAdd and Cutout. num_ops 0 copies. Constants and ValueErrors: see `apply_op`.
-    augment(images, generator=None, shard=(0, 1)): uint8 (N,3,H,W) -> a new tensor alike on the same device. generator:
-    a CPU torch.Generator, None for torch's global one; shard: see `draw`."""
-    def __init__(self, num_ops=2, magnitude=9, *, translate_const=100.0, cutout_const=40.0):
-        if num_ops < 0 or num_ops != int(num_ops):
-            raise ValueError(f"num_ops {num_ops}: expected a whole number of operations, 0 or more")
-        self.num_ops, self.magnitude, self.constants = int(num_ops), magnitude, (translate_const, cutout_const)
-        strengths(magnitude)                                                   # a bad one is an error now
+    """num_ops operations in turn on every image, each drawn uniformly from the 16 of OPS.
 
-    def __call__(self, images, generator=None, *, shard=(0, 1)):
+    One is always applied: the official code also draws a probability, and never uses it.
+    num_ops 0 copies the images. Constants and errors: see `apply_op`, whose level is the magnitude.
+    """
+
+    def __init__(self, num_ops=2, magnitude=9, *, translate_const=100.0, cutout_const=40.0):
+        expect(num_ops >= 0 and num_ops % 1 == 0,
+               f"num_ops {num_ops}: expected a whole number, 0 or more")
+        check_level(magnitude)
+
+        self.num_ops = int(num_ops)
+        self.magnitude = magnitude
+        self.constants = {"translate_const": translate_const, "cutout_const": cutout_const}
+
+    def __call__(self, images, generator=None):
+        """uint8 (N,3,H,W) -> a new tensor alike. generator: on the CPU, None is torch's own."""
         check_images(images)
-        n, _, H, W = images.shape
-        strength = {sign: strengths(self.magnitude, sign, *self.constants) for sign in (-1, 1)}
-        images = images.clone(memory_format=torch.contiguous_format)
-        batch = torch.empty_like(images)
+        images = images.clone()
+
         for _ in range(self.num_ops):
-            op, sign, *centre = (draw(high, n, generator, shard) for high in (len(OPS), 2, H, W))
-            key = 2 * op + sign * torch.tensor([name in SIGNED for name in OPS])[op]
-            order, sizes = key.argsort(), key.bincount(minlength=2 * len(OPS)).tolist()     # group equal keys: run once
-            torch.index_select(images, 0, order.to(images.device, non_blocking=True), out=batch)
-            groups, centres = batch.split(sizes), torch.stack(centre)[:, order].split(sizes, 1)
-            for (name, sign), group, centre in zip(itertools.product(OPS, (-1, 1)), groups, centres):
-                if len(group):
-                    drawn = {"centre": centre} if name == "Cutout" else {}
-                    group.copy_(OPS[name](group, strength[sign][name], **drawn))
-            torch.index_select(batch, 0, order.argsort().to(images.device, non_blocking=True), out=images)
+            drawn = draw(len(OPS), images, generator)
+            sign = 1 - 2 * draw(2, images, generator)
+
+            # Sort the images by operation, so that each one runs once, on the images that drew it.
+            # The CPU knows how many they are: a GPU is never waited for.
+            order = drawn.argsort(stable=True)
+            sizes = drawn.bincount(minlength=len(OPS)).tolist()
+            images = images.index_select(0, send(order, images))
+
+            groups = images.split(sizes)
+            signs = sign[order].split(sizes)
+            for name, group, group_sign in zip(OPS, groups, signs):
+                noised = apply_op(group, name, self.magnitude, group_sign, generator=generator,
+                                  **self.constants)
+                group.copy_(noised)
+
+            back = order.argsort()
+            images = images.index_select(0, send(back, images))
         return images
 
-# ---- Contact sheet ----------------------------------------------------------------------------------- (for teaching)
-def picture(size=96):
-    """A colourful test image, uint8 (1,3,size,size): gradients, a disc, stripes and a grey wedge."""
-    y, x = np.mgrid[:size, :size] / (size - 1)
-    image = 255 * np.stack([x, y, 1 - x * y])
-    image[:, (x - 0.35) ** 2 + (y - 0.4) ** 2 < 0.05] = [[230], [60], [40]]
-    image = np.where((x > 0.6) & (y > 0.15) & (y < 0.55), 20 + 220 * ((16 * x).astype(int) % 2), image)
-    return torch.from_numpy(np.where(y > 0.85, 255 * x, image).astype(np.uint8))[None]
 
-def write_png(path, pixels):
-    """uint8 (H,W,3) -> a PNG file: a signature and three chunks; every row of pixels begins with its filter type, 0."""
-    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 2, 0, 0, 0)       # 8 bits, RGB
-    rows = np.insert(pixels.reshape(len(pixels), -1), 0, 0, axis=1).tobytes()
-    with open(path, "wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n")
-        for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(rows), b"IEND"):
-            file.write(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)))
+# ---- Contact sheet ------------------------------------------------------------- (for teaching)
+
+LEVELS = (0, 2, 5, 9, 10, 17, 27)
+
+
+def picture():
+    """A test image, uint8 (1,3,96,96): colour gradients around a grey disc."""
+    x = torch.linspace(0, 1, 96).expand(96, 96)
+    y = x.T
+    image = 40 + 180 * torch.stack([x, y, 1 - x * y])   # (3,96,96)
+    disc = (x - 0.4) ** 2 + (y - 0.3) ** 2 < 0.05
+    return image.masked_fill(disc, 200).byte()[None]
+
+
+def read_image(path):
+    """The first image of a .npy file, uint8 (N,3,H,W) or (N,H,W,3) -> (1,3,H,W)."""
+    array = np.load(path, mmap_mode="r")
+    expect(np.ndim(array) == 4 and len(array) > 0,
+           "expected a .npy array of images, (N,3,H,W) or (N,H,W,3)")
+    image = torch.tensor(array[:1])
+    return image if image.shape[1] == 3 else image.movedim(3, 1)
+
+
+def draw_sheet(image, path):
+    """Draw every operation at LEVELS on an image (1,3,H,W): a row per operation and sign."""
+    from matplotlib.figure import Figure
+
+    rows = [(name, sign) for name in OPS for sign in (1, -1) if sign == 1 or name in SIGNED]
+    names = [f"{name} {sign:+d}" if name in SIGNED else name for name, sign in rows]
+    figure = Figure(figsize=(len(LEVELS), len(rows)))
+    axes = figure.subplots()
+
+    scale = image.shape[3] / 224                        # the constants are made for ImageNet
+    generator = torch.Generator().manual_seed(0)
+    for row, (name, sign) in enumerate(rows):
+        for column, level in enumerate(LEVELS):
+            tile = apply_op(image, name, level, sign, translate_const=100 * scale,
+                            cutout_const=40 * scale, generator=generator)
+            place = (column - 0.47, column + 0.47, row + 0.47, row - 0.47)
+            axes.imshow(tile[0].movedim(0, 2).numpy(), extent=place)
+
+    axes.set(xlim=(-0.5, len(LEVELS) - 0.5), ylim=(len(rows) - 0.5, -0.5), frame_on=False)
+    axes.set_xticks(range(len(LEVELS)), [f"level {level}" for level in LEVELS])
+    axes.set_yticks(range(len(rows)), names)
+    axes.xaxis.tick_top()
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight")
+
 
 def main(argv=None):
-    """Write the contact sheet and print its legend. Returns the exit status: 0, or 2 after a one-line error."""
-    parser = argparse.ArgumentParser(description="Every RandAugment operation at several levels, as one PNG picture.")
-    parser.add_argument("images", nargs="?", help=".npy file, uint8 (N,3,H,W) or (N,H,W,3): the first image is shown")
-    parser.add_argument("--out", default="randaugment.png", help="the picture to write (default: %(default)s)")
+    """Draw the contact sheet. Returns the exit status: 0, or 2 after a one-line error."""
+    parser = argparse.ArgumentParser(description="Draw every operation at several levels.")
+    parser.add_argument("images", nargs="?", help=".npy file, uint8 (N,3,H,W) or (N,H,W,3), whose"
+                                                  " first image is shown (default: a test image)")
+    parser.add_argument("--out", default="runs/randaugment.png",
+                        help="the picture to write (default: %(default)s)")
     args = parser.parse_args(argv)
-    levels = (0, 2, 5, 9, 10, 17, 27)
-    rows = [(name, sign) for name in OPS for sign in ((1, -1) if name in SIGNED else (1,))]
-    images = picture()
+
     try:
-        if args.images:
-            images = torch.from_numpy(np.array(np.load(args.images, mmap_mode="r")[0]))[None]
-            images = images.movedim(-1, 1) if images.shape[-1] == 3 else images
-        check_images(images)
-        scale = images.shape[3] / 224                                           # from ImageNet's constants to this size
-        options = dict(translate_const=100 * scale, cutout_const=40 * scale, generator=torch.Generator().manual_seed(0))
-        tiles = [apply_op(images, name, level, sign, **options) for name, sign in rows for level in levels]
-        tiles = pad(torch.cat([images] * len(levels) + tiles), (2, 2, 2, 2), value=255).unflatten(0, (-1, len(levels)))
-        write_png(args.out, tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy())
-    except (OSError, ValueError, EOFError, TypeError, LookupError) as error:
-        print(f"randaugment.py: {args.images or 'contact sheet'}: {' '.join(str(error).split())}", file=sys.stderr)
+        image = read_image(args.images) if args.images else picture()
+        draw_sheet(image, args.out)
+    except ImportError:
+        print("error: the picture needs matplotlib: pip install matplotlib", file=sys.stderr)
         return 2
-    print(f"{args.out}: columns are levels {', '.join(map(str, levels))}; rows are the image itself, "
-          + ", ".join(name + f" {sign:+d}" * (name in SIGNED) for name, sign in rows))
+    except (OSError, ValueError, EOFError) as error:
+        print(f"error: {args.images or args.out}: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {len(OPS)} operations at {len(LEVELS)} levels")
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,14 +1,15 @@
-"""Noisy Student Training (Xie, Luong, Hovy, Le, 2020, arXiv 1911.04252), to be read beside the paper.
+"""Noisy Student Training (Xie, Luong, Hovy, Le, 2020, arXiv 1911.04252), beside the paper.
 
     python noisy_student.py                          generated digits, minutes on two CPU cores
     python noisy_student.py --dataset svhn           or cifar10, cifar100, a folder of .npy files
-    python noisy_student.py --study table6           one of the paper's studies; --study list names them
+    python noisy_student.py --study table6           a study of the paper; --study list names all
 
-Algorithm 1                                                               here
-1. train a teacher on the labelled images, with noise                     train(model, data, config)
-2. the un-noised teacher labels clean images; filter and balance them     pseudo_label, filter_and_balance
-3. train an equal-or-larger student on both, with noise                   train(..., pseudo)
-4. make the student the teacher and go back to 2                          noisy_student(config)
+Algorithm 1                                                           here
+1. train a teacher on the labelled images, with noise                 train(model, data, config)
+2. the un-noised teacher labels clean images; filter and balance      make_pseudo: pseudo_label,
+   them                                                               filter_and_balance
+3. train an equal-or-larger student on both kinds, with noise         train(..., pseudo)
+4. make the student the teacher and go back to 2                      noisy_student(config)
 
 The noise is RandAugment (randaugment.py) on the images, and dropout and stochastic depth
 (efficientnet.py) in the network.
@@ -88,8 +89,8 @@ class Config:
     allow_smaller: bool = option(False, "allow students smaller than their teacher (distillation)")
     seed: int = option(0, "everything random follows from it", within="[0, inf)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    out: str | None = option("auto", "output folder; auto: runs/, named after the run; none: no files")
-    data_dir: str = option("data", "where the official CIFAR and SVHN files lie or are downloaded to")
+    out: str | None = option("auto", "output folder (auto: runs/, named by the run; none: no files)")
+    data_dir: str = option("data", "where the CIFAR and SVHN files lie or are downloaded to")
 
     # Data
     labels: int | None = option(80, "labelled images, balanced over the classes (all: every one)",
@@ -199,14 +200,15 @@ class Config:
         if self.interval is not None:
             low, high = self.interval
             object.__setattr__(self, "interval", (float(low), float(high)))
-            expect(0 <= low < high <= 1, f"--interval is {low} {high}: expected 0 <= LOW < HIGH <= 1")
+            expect(0 <= low < high <= 1,
+                   f"--interval is {low} {high}: expected 0 <= LOW < HIGH <= 1")
         for f in fields(self):
             check_option(f, getattr(self, f.name))
         check_chain(self)
 
 
 def check_option(f, value):
-    """UserError unless the value of this field of Config is among its choices or in its interval."""
+    """UserError unless the value of a field of Config is among its choices or in its interval."""
     flag = "--" + f.name.replace("_", "-")
     choices, interval = f.metadata["choices"], f.metadata["within"]
     if choices:
@@ -221,7 +223,7 @@ def check_option(f, value):
 def check_chain(config):
     """UserError unless --models is a teacher and students that are each equal to it or larger."""
     chain = " ".join(config.models)
-    expect(len(config.models) >= 2, f"--models is {chain}: expected a teacher and a student or more")
+    expect(len(config.models) >= 2, f"--models is {chain}: expected a teacher and students")
     for name in config.models:
         expect(name in FAMILY, f"--models has {name!r}: expected some of {', '.join(FAMILY)}")
 
@@ -233,8 +235,8 @@ def check_chain(config):
         before = FAMILY[teacher]
         after = FAMILY[student]
         grows = after.width >= before.width and after.depth >= before.depth
-        expect(grows, f"--models is {chain}: student {student} is smaller than its teacher {teacher}: "
-               "reorder them, or add --allow-smaller")
+        expect(grows, f"--models is {chain}: student {student} is smaller than its teacher "
+               f"{teacher}: reorder them, or add --allow-smaller")
 
 
 # The official run of the student on SVHN [code]; the teacher's own recipe is published nowhere.
@@ -254,7 +256,7 @@ SVHN_RECIPE = dict(
 def noisy_student(config, data=None):
     """The whole method: a supervised control, a teacher, then students, each taught by the last.
 
-    config: Config. data: Data of your own (Data.from_arrays), or None for the set that config names.
+    config: Config. data: your own (Data.from_arrays), or None for the set that config names.
     Returns {"config": {...}, "generations": [{"name", "model", "dev_error", "test_error", ...}]},
     which is also OUT/results.json. The dev set is for choosing; the test set is read once per
     generation, at its end."""
@@ -591,7 +593,7 @@ def gather(table, rows, device):
 
 
 def normalise(images, data):
-    """uint8 (N,3,H,W) -> float32, channels last, mean 0 and deviation 1 over the training images."""
+    """uint8 (N,3,H,W) -> float32, channels last, mean 0, deviation 1 over the training images."""
     x = images.to(torch.float32, memory_format=torch.channels_last)
     mean = 255 * data.mean.view(1, 3, 1, 1)
     std = 255 * data.std.view(1, 3, 1, 1)
@@ -679,7 +681,7 @@ def predict(model, images, data, config):
 
 
 def error_rate(model, images, labels, data, config):
-    """Share of uint8 images (N,3,H,W) whose class is not in labels (N,), for an un-noised network."""
+    """Share of uint8 images (N,3,H,W) that an un-noised network gives another class than labels."""
     wrong = predict(model, images, data, config) != labels.cpu()
     return wrong.double().mean().item()
 
@@ -850,25 +852,31 @@ def fix_resolution(name, model, data, config, run, control):
 
 
 # ---- Studies -------------------------------------------------------------------------------------
+# As in the paper, all variants of a study are students of one and the same teacher, one per seed.
+# Predict what comes out before you run one.
 
 class Study(typing.NamedTuple):
-    """An experiment of the paper. Its variants are students of one and the same teacher per seed."""
+    """An experiment of the paper.
+
+    Variants are changes of Config, and the others are compared with the first. The paper's figures
+    are ImageNet top-1 accuracies in %, of networks and amounts of data far larger than ours."""
     source: str  # where the paper has it
     question: str
-    variants: dict[str, dict]  # name -> changes of Config; the first is what others are compared with
-    paper: dict[str, str]  # row -> the paper's figure: ImageNet top-1 accuracy, unless it says more
+    variants: dict[str, dict]  # name -> changes
+    paper: dict[str, str]  # row of the table -> figure
     direction: str  # what the paper found
     base: dict = {}  # changes for all runs of the study, the teacher's too
     control: bool = False  # whether the supervised control is a row of it
-    students: int | None = 1  # how many of --models' students follow the teacher (None: all)
+    whole: bool = False  # all of --models' students, and not the first one alone
 
 
 STUDIES = {
     "main": Study(
         "Algorithm 1; B7 and L2 in the paper [v4]", "What does Noisy Student gain?", {"chain": {}},
         {"supervised": "85.5 (L2)"}, "every student is better, the last of them 88.4 (L2)",
-        students=None, control=True),
+        whole=True, control=True),
 
+    # The noise, and what it is worth.
     "table6": Study(
         "table 6 [v4]: B5, 130M images", "Which noise does it take?",
         {"Noisy Student": {},
@@ -880,12 +888,15 @@ STUDIES = {
          "no augmentation, no model noise": "84.3", "noisy teacher": "84.4"},
         "all noise on the student, none on the teacher", control=True),
 
+    # Step 4, again and again.
     "iteration": Study(
         "table 7 [v4]: L2, the third at ratio 28", "Does it help to go on?",
         {"chain": dict(models=("nano", "micro", "tiny", "tiny"))},
         {"chain, student 1": "87.6", "chain, student 2": "88.1", "chain, student 3": "88.4"},
         "each iteration helps, each less than the one before"),
 
+    # The paper's intervals are 0.1 wide. Its soft labels gain a little with confidence, and its
+    # hard ones much: from 75.75 at 0.0 to 77.92 at 0.9.
     "labels": Study(
         "soft and hard pseudo labels [v1]: B0, by confidence", "Soft labels or hard ones?",
         {"soft": {}, "hard": dict(hard=True),
@@ -897,6 +908,7 @@ STUDIES = {
          "soft, 0.9 to 1": "78.05", "hard, 0.9 to 1": "77.92"},
         "hard labels hurt where confidence is low, and are as good where it is high"),
 
+    # The unlabelled images: how many, in what proportion, which of them, and which at all.
     "amount": Study(
         "amount of unlabelled data [v1]: B4, baseline 83.2", "How many unlabelled images?",
         {"all": {}, "1/4": dict(unlabeled_fraction=1 / 4), "1/16": dict(unlabeled_fraction=1 / 16),
@@ -909,11 +921,13 @@ STUDIES = {
         {"1:1": dict(ratio=1), "3:1": dict(ratio=3)}, {"1:1": "84.0", "3:1": "84.0"},
         "no difference for a small student, better for a large one"),
 
+    # The student: larger, or started from its teacher, or smaller.
     "size": Study(
         "student's size [v2]: B0 alone 77.3", "An equal student or a larger one?",
         {"equal": dict(models=("nano", "nano")), "larger": dict(models=("nano", "tiny"))},
         {"equal": "77.9 (B0)", "larger": "79.5 (B1)"}, "larger is better"),
 
+    # Filter and balance; and the two parts of the loss.
     "balance": Study(
         "filtering and balancing [v4]", "Do they matter?",
         {"filtered, balanced": {}, "filtered": dict(balance=False),
@@ -935,9 +949,11 @@ STUDIES = {
          "CIFAR-10, hard": dict(unlabeled_dataset="cifar10", hard=True)}, {},
         "soft labels bear it, hard ones do harm"),
 
+    # What the paper leaves open.
     "temperature": Study(
         "softmax temperature [code]", "Are the soft labels too cautious?",
-        {"1": {}, "0.5": dict(temperature=0.5), "0.25": dict(temperature=0.25)}, {}, "not reported"),
+        {"1": {}, "0.5": dict(temperature=0.5), "0.25": dict(temperature=0.25)}, {},
+        "not reported"),
 
     "weighting": Study(
         "the three weightings of the loss [v4; code]", "Do they matter, at ratio 3?",
@@ -950,8 +966,8 @@ STUDIES = {
         "used for L2, with all of ImageNet's labels"),
 
     "distillation": Study(
-        "L2 as the teacher [v2]", "What does a smaller student learn from a larger teacher? (The "
-        "teacher of this study is another.)", {"smaller student": {}},
+        "L2 as the teacher [v2]", "And a smaller student? (with a larger teacher than elsewhere)",
+        {"smaller student": {}},
         {"supervised": "77.3 (B0)", "smaller student": "78.8 (B0)"},
         "better than alone, less than its teacher",
         base=dict(models=("tiny", "nano"), allow_smaller=True), control=True),
@@ -967,15 +983,17 @@ DATA_OPTIONS = {"labels", "dev", "test", "unlabeled", "unlabeled_fraction", "unl
 def run_study(config):
     """Train the variants of a study on config.seeds seeds -> its table, also in OUT/study.json."""
     study = STUDIES[config.study]
+    models = config.models if study.whole else config.models[:2]
     generations = {}  # seed -> records
     for seed in range(config.seed, config.seed + config.seeds):
         generations[seed] = []
         out = f"{config.out}/seed{seed}"
-        whole = study.students is None
-        changed = replace(config, seed=seed, out=out, robustness=config.robustness and whole,
-                          models=config.models if whole else config.models[:2],
+        changed = replace(config, seed=seed, out=out, models=models,
+                          robustness=config.robustness and study.whole,
                           resume=config.resume and Path(out, "results.json").exists())
         train_variants(study, replace(changed, **study.base), generations)
+
+        # Written after every seed, so that it can be looked at while the study goes on.
         table = study_table(study, generations)
         write_json(Path(config.out, "study.json"), {
             "study": config.study, **study._asdict(), "config": asdict(config), "rows": table})
@@ -995,14 +1013,18 @@ def train_variants(study, config, generations):
         announce(generations, total)
         return train_generation(name, network, data, config, run, control=control, **more)
 
+    # What all variants share.
     if study.control:
         control = train_next("supervised", config.models[-1], data, config, key="student 1")
     teacher = train_next("teacher", config.models[0], data, config, steps=config.teacher_steps)
     for variant, changes in study.variants.items():
+        # A variant may have other unlabelled images.
         changed = replace(config, **changes)
         images = data
         if changes.keys() & DATA_OPTIONS:
             images = load_data(changed).to(data.labels.device, config.memory)
+
+        # Its students, each taught by the one before. All variants have the same initial weights.
         student = teacher
         for k, network in enumerate(changed.models[1:], start=1):
             name = variant if len(changed.models) == 2 else f"{variant}, student {k}"
@@ -1014,8 +1036,9 @@ def train_variants(study, config, generations):
 
 def study_size(study, config):
     """How many networks one seed trains."""
-    students = [len(changes.get("models", config.models)) - 1 for changes in study.variants.values()]
-    return 1 + study.control + sum(students)
+    chains = [changes.get("models", config.models) for changes in study.variants.values()]
+    students = sum(len(chain) - 1 for chain in chains)
+    return students + (2 if study.control else 1)
 
 
 def announce(generations, total):
@@ -1031,9 +1054,12 @@ def study_table(study, generations):
     for records in generations.values():
         for record in records:
             errors.setdefault(record["name"], []).append(100 * record["test_error"])
+
+    # What the others are compared with, seed by seed.
     default = next(iter(study.variants))
     if default not in errors:  # a chain has several rows: compare with where it began
         default = next(iter(errors))
+
     table = {}
     for row, values in errors.items():
         pairs = list(zip(values, errors.get(default, [])))
@@ -1052,7 +1078,7 @@ def spread(name, values):
 
 def print_study(table):
     """The table of a study as aligned text."""
-    rows = [["", "n", "test error, %", "difference", "paper"]]
+    rows = [["", "n", "test error, %", "difference", "paper, top-1"]]
     for name, row in table.items():
         error = plus_minus(row["test_mean"], row["test_std"])
         difference = plus_minus(row["difference_mean"], row["difference_std"], "+")
@@ -1073,7 +1099,7 @@ def measure(model, data, config, control):
     """Errors of an un-noised network: on dev, on test, per class, on what the control gets wrong.
 
     The last is an ImageNet-A for small images: that was selected by the mistakes of a ResNet-50."""
-    labels = data.test_labels.cpu()
+    labels = data.test_labels.cpu()  # (T,)
     wrong = predict(model, data.test_images, data, config) != labels  # (T,)
     mistakes = wrong
     if control is not None:
@@ -1087,7 +1113,7 @@ def measure(model, data, config, control):
 
 
 def share(mask):
-    """The share of True in a bool tensor, None if it is empty."""
+    """The share of True in a bool tensor (N,); None if it is empty, as JSON has no nan."""
     return mask.double().mean().item() if len(mask) else None
 
 
@@ -2208,6 +2234,7 @@ class Run:
         self.write_results()  # a folder that cannot be written is found now, not in an hour
 
     def path(self, name):
+        """The file of a generation's network."""
         return self.folder / (name.replace(" ", "_").replace("/", "-") + ".pt")
 
     def load(self, name, data, config):
@@ -2232,27 +2259,35 @@ class Run:
         return {key: state[key] for key in nothing}
 
     def save(self, name, parts, **progress):
-        """Write the checkpoint of the generation that is being trained."""
+        """Write the checkpoint of the generation that is being trained.
+
+        Network, average, optimiser, pseudo labels and step are all that it takes: whatever is
+        random in a step follows from its number."""
         if self.writes:
             state = {key: part.state_dict() for key, part in parts.items()}
-            save_file(self.folder / "checkpoint.pt", "checkpoint", {**state, **progress, "name": name})
+            state |= {**progress, "name": name}
+            save_file(self.folder / "checkpoint.pt", "checkpoint", state)
 
     def finish(self, model, data, record):
-        """Save a trained generation and its record."""
+        """Save a trained generation and its record; the network first, as the record names it."""
         network = getattr(model, "model", model)  # inside an AtResolution
         parameters = sum(w.numel() for w in network.parameters())
         name = record.pop("name")
         record = {"name": name, "model": network.name, "params": parameters, **record}
+
+        # mCE and mFR relate to the first generation, which is the control.
         if record["robustness"]:
             reference = next((r["robustness"] for r in self.generations if r["robustness"]),
                              record["robustness"])
             record["robustness"] |= relative_robustness(record["robustness"], reference)
+
         self.generations.append(record)
         if self.writes:
             save_model(self.path(name), model, data)
         self.write_results()
 
     def log(self, entry):
+        """Append a report to log.jsonl."""
         if self.writes:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -2262,6 +2297,7 @@ class Run:
             write_json(self.folder / "results.json", self.results())
 
     def results(self):
+        """What noisy_student returns and results.json holds."""
         return {"config": asdict(self.config), "generations": self.generations}
 
 
@@ -2282,9 +2318,10 @@ def read_results(folder):
     path = Path(folder, "results.json")
     expect(path.exists(), f"{path} does not exist: there is no run in this folder; check --out")
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): start the run again") from None
+        results = json.loads(path.read_text())
+        return {"config": results["config"], "generations": results["generations"]}
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{path} is damaged, or of another program: start the run again") from None
 
 
 def saved_config(folder):
@@ -2315,10 +2352,12 @@ def replace_file(path, write):
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); make room, or choose another --out") from None
+        reason = f"cannot write {path} ({error})"
+        raise UserError(f"{reason}; make room, or choose another --out") from None
 
 
 def write_json(path, content):
+    """Plain values as a JSON file."""
     text = json.dumps(content, indent=1) + "\n"
     replace_file(path, lambda file: file.write(text.encode()))
 
@@ -2351,8 +2390,9 @@ def save_model(path, model, data):
 def load_model(path, data, config):
     """The network that save_model wrote, in evaluation mode on the data's device."""
     saved = load_file(path, "model")
-    expect(saved["num_classes"] == data.num_classes, f"{path} knows {saved['num_classes']} classes, "
-           f"and the data have {data.num_classes}: give the --dataset that it was trained on")
+    classes = saved["num_classes"]
+    expect(classes == data.num_classes, f"{path} knows {classes} classes, and the data have "
+           f"{data.num_classes}: give the --dataset that it was trained on")
     model = build(saved["network"], data, config)
     model.load_state_dict(saved["weights"])
     if saved["size"]:
@@ -2362,13 +2402,16 @@ def load_model(path, data, config):
 
 # ---- Progress and results ------------------------------------------------------------------------
 
+# How often a run is looked at, shown and saved. A killed run loses SAVE_SECONDS at most.
 REPORT_SECONDS = 1.0
 PRINT_SECONDS = 10.0  # where output is no terminal
 SAVE_SECONDS = 60.0
 
 
 class Progress:
-    """The clock of one generation: shows, logs and saves. Without a run it only checks the loss."""
+    """The clock of one generation: shows, logs and saves. Without a run it only checks the loss.
+
+    name: of the generation; steps: of its training; run: the Run that it belongs to."""
 
     def __init__(self, name, steps, run=None):
         self.name = name
@@ -2390,6 +2433,7 @@ class Progress:
         return first
 
     def forget(self):
+        """Begin new sums."""
         self.sums = 0.0  # of L, of U and of finite losses, since the last report
         self.count = 0
 
@@ -2404,11 +2448,14 @@ class Progress:
             self.report(step, lr, now, parts)
 
     def report(self, step, lr, now, parts):
+        """Check the loss, log it, show it and, once a minute and at the end, save."""
         sum_l, sum_u, finite = self.sums.tolist()
         expect(finite == self.count,
                f"{self.name}: the loss is no finite number any more at step "
                f"{step - self.count + int(finite) + 1} of {self.steps} (learning rate {lr:.2g}): "
                "lower --learning-rate or lengthen --warmup-epochs; the last checkpoint is kept")
+
+        # What happened since the last report, and how long all of it took.
         rate = (self.images - self.images_reported) / max(now - self.reported, 1e-9)
         seconds = self.seconds + now - self.started
         entry = dict(generation=self.name, step=step, learning_rate=lr, seconds=round(seconds, 2),
@@ -2417,6 +2464,7 @@ class Progress:
         self.reported = now
         self.images_reported = self.images
         self.forget()
+
         if self.run:
             self.run.log(entry)
             self.show(entry, now)
@@ -2440,11 +2488,13 @@ class Progress:
         self.printed = now
 
     def summary(self):
+        """The columns of a record that the clock knows."""
         seconds = self.seconds + time.monotonic() - self.started
         return {"images_seen": self.images, "seconds": round(seconds, 2)}
 
 
 def pseudo_summary(pseudo):
+    """The columns of a record that the pseudo labels know: images kept, rows after balancing."""
     if pseudo is None:
         return {"kept": None, "balanced": None}
     return {"kept": pseudo.kept, "balanced": len(pseudo.rows)}
@@ -2456,7 +2506,7 @@ def clock(seconds):
 
 
 def aligned(rows):
-    """Rows of strings -> text with aligned columns, the first to the left, the others to the right."""
+    """Rows of strings -> text in columns, the first one to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     lines = []
     for first, *others in rows:
@@ -2478,6 +2528,7 @@ def results_table(generations):
 
 
 def percent(error):
+    """A share as text; a dash where there is none."""
     return "-" if error is None else f"{error:.1%}"
 
 
@@ -2488,6 +2539,8 @@ def show_results(results):
     reports = {r["name"]: r["robustness"] for r in generations if r["robustness"]}
     if reports:
         print("\n" + robustness_table(reports))
+
+    # The one sentence. The control has the size of the last student.
     control = generations[0]["test_error"]
     last = [r for r in generations if r["name"].startswith("student")][-1]
     print(f"\n{last['name'].capitalize()} is wrong on {percent(last['test_error'])} of the test "
@@ -2641,6 +2694,8 @@ def study_panel(axes, study):
 
 
 # ---- Machine -------------------------------------------------------------------------------------
+# Started by torchrun, several processes train one network: each sees its share of every batch, and
+# gradients are averaged. Noise is seeded with the rank too, so the result depends on their number.
 
 def world_of():
     """(rank, number of processes); (0, 1) outside torchrun."""
@@ -2710,11 +2765,13 @@ def begin(config, data=None):
         data = load_data_in_turn(config)
     data = data.to(device, config.memory)
     side = min(data.test_images.shape[2:])
-    expect(config.crop < side, f"--crop {config.crop}: expected less than the images' {side} pixels")
+    expect(config.crop < side, f"--crop {config.crop}: expected less than {side}, the images' side")
+
+    # What would fail in an hour shall fail now.
     if config.robustness and config.cifar10_c:
-        load_cifar10_c(config.cifar10_c)  # a bad folder is found now, not in an hour
+        load_cifar10_c(config.cifar10_c)
     if config.plot:
-        figure_class()  # so is a missing matplotlib
+        figure_class()
 
     run = Run(config)
     if world_of()[0] == 0:
@@ -2751,16 +2808,22 @@ versions, [code] the official code. `none` and `all` leave a value open."""
 def parse_args(argv=None):
     """Command line -> Config: the flags that are given, else the preset of the data set."""
     parser = make_parser()
+
+    # Only the flags that were given are in here.
     namespace, unknown = parser.parse_known_args(argv)
     expect(not unknown, explain_unknown(unknown))
     given = vars(namespace)
     if given.get("evaluate"):  # the configuration of the run that the network is from
         given = saved_config(Path(given["evaluate"]).parent) | given
         return Config(**given)
+    # A flag wins over the preset, and the preset over the default.
     recipe = recipe_of(given.get("preset", "demo"), given.get("dataset", "digits"))
     config = Config(**recipe | given)
     if config.out == "auto":
         config = replace(config, out=output_folder(config))
+    keeps = config.resume or config.study not in (None, "list")
+    expect(config.out or not keeps,
+           "--out none keeps no files, and --resume and --study need some: give a folder")
     if config.resume and not config.study:  # flags may repeat what the run has, but not change it
         given["out"] = config.out
         return Config(**saved_config(config.out) | given)
@@ -2833,6 +2896,7 @@ def show_value(value):
 
 
 def raise_usage_error(message):
+    """What argparse calls instead of printing its usage and leaving."""
     raise UserError(f"{message}; --help lists all flags")
 
 
@@ -2854,6 +2918,8 @@ def dry_run(config):
     for f in fields(Config):
         if f.metadata["action"]:
             continue
+
+        # Where the value comes from, and below it what it is.
         value = getattr(config, f.name)
         origin = "flag"
         if f.name in recipe and recipe[f.name] == value:
@@ -2865,21 +2931,27 @@ def dry_run(config):
                             subsequent_indent="    "))
 
     print(f"\nmeasuring on {device}, 32x32 images ...", flush=True)
-    control = step_seconds(config.models[-1], config, device, with_unlabeled=False)
-    teacher = step_seconds(config.models[0], config, device, with_unlabeled=False)
-    seconds = control * config.steps + teacher * (config.teacher_steps or config.steps)
+    seconds, student = training_seconds(config, device)
+    images = config.batch * (1 + config.ratio)
+    print(f"a step of the last student, {images} images, takes {student:.3f} s: "
+          f"{images / student:,.0f} images/s\npeak memory {peak_gibibytes(device):.2f} GiB; training "
+          f"would take about {seconds / 3600:,.1f} hours ({seconds / 60:,.0f} minutes)")
+
+
+def training_seconds(config, device, patience=2.0):
+    """Seconds that training would take here: of the whole chain, and of the last student's step."""
+    control = step_seconds(config.models[-1], config, device, patience, with_unlabeled=False)
+    teacher = step_seconds(config.models[0], config, device, patience, with_unlabeled=False)
+    total = control * config.steps + teacher * (config.teacher_steps or config.steps)
     for network in config.models[1:]:
-        student = step_seconds(network, config, device)
-        seconds += student * config.steps
-        images = config.batch * (1 + config.ratio)
-        print(f"{network}: a student's step of {images} images takes {student:.3f} s, "
-              f"{images / student:,.0f} images/s")
-    print(f"peak memory {peak_gibibytes(device):.2f} GiB; training would take about "
-          f"{seconds / 3600:,.1f} hours ({seconds / 60:,.0f} minutes)")
+        student = step_seconds(network, config, device, patience)
+        total += student * config.steps
+    return total, student
 
 
-def step_seconds(network, config, device, with_unlabeled=True):
-    """Seconds of one train_step: after one to warm up, the mean of those begun in two seconds."""
+def step_seconds(network, config, device, patience, with_unlabeled=True):
+    """Seconds of one train_step: after one to warm up, the mean of those begun in `patience` s."""
+    # Digits of the batch's size, and targets that need no teacher.
     images, labels = make_digits(400, 0)
     data = Data.from_arrays(images[:200], labels[:200], images[200:300], labels[200:300],
                             images[300:]).to(device, math.inf)
@@ -2891,8 +2963,9 @@ def step_seconds(network, config, device, with_unlabeled=True):
     images = data.labeled_images[pick]
     targets = smoothed_one_hot(data.labels[pick], data.num_classes, 0.1)
 
+    # A rate of 0 keeps the loss finite; the work is the same.
     times = []
-    while len(times) < 2 or (times[-1] - times[0] < 2 and len(times) < 12):
+    while len(times) < 2 or (times[-1] - times[0] < patience and len(times) < 12):
         loss, _ = train_step(forward, optimizer, images[:config.batch], targets[:config.batch],
                              images[config.batch:], targets[config.batch:], data, config)
         loss.item()  # waits for a GPU
@@ -2931,6 +3004,7 @@ def evaluate(config):
 
 
 def list_studies():
+    """A line for each study."""
     for name, study in STUDIES.items():
         print(f"{name:<15} {study.question} ({study.source})")
 
@@ -2950,6 +3024,9 @@ def act(config):
                f"{', '.join(STUDIES)}")
         run_study(config)
     else:
+        if config.steps >= 500:
+            seconds, _ = training_seconds(config, choose_device(config), patience=0.5)
+            print(f"expecting some {seconds / 60:.0f} minutes of training", flush=True)
         results = noisy_student(config)
         if world_of()[0] == 0:
             show_results(results)
@@ -2970,11 +3047,12 @@ def keep_freed_memory():
 
 
 def show_warning(message, *_, **__):
+    """A warning in one line, without the place in the code."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def main(argv=None):
-    """Run the command line -> exit status: 0 done, 2 an error in one line, 130 stopped by Ctrl-C."""
+    """Run the command line -> exit status: 0 done, 2 an error in one line, 130 after Ctrl-C."""
     warnings.showwarning = show_warning
     warnings.simplefilter("always", UserWarning)  # a class may vanish in every generation
     keep_freed_memory()

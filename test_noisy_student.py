@@ -4738,6 +4738,15 @@ def test_moving_perturbations_match_a_warp_pixel_by_pixel(name, height, width):
         assert senses == {(True, False), (False, True)}
 
 
+def test_translate_mirrors_the_image_beyond_its_border():
+    image = robust_smooth(1)
+    frame = ns.perturbation_sequence(image, "translate", 21, robust_seed(0))[0, 20]
+    wide = np.pad(image[0].numpy(), ((0, 0), (0, 0), (5, 5)), mode="symmetric")
+    left = wide[:, :, :32]
+    right = wide[:, :, 10:]  # 20 steps of a quarter of a pixel
+    assert np.array_equal(frame, left) or np.array_equal(frame, right)
+
+
 def robust_changes(sequence, images):
     """Mean absolute difference of every frame to the clean image: (frames,)."""
     change = sequence.double() - images[:, None]

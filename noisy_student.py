@@ -89,7 +89,8 @@ class Config:
     allow_smaller: bool = option(False, "allow students smaller than their teacher (distillation)")
     seed: int = option(0, "everything random follows from it", within="[0, inf)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    out: str | None = option("auto", "output folder (auto: runs/, named by the run; none: no files)")
+    out: str | None = option("auto", "output folder (auto: runs/..., named by the run; none: no "
+                             "files)")
     data_dir: str = option("data", "where the CIFAR and SVHN files lie or are downloaded to")
 
     # Data
@@ -114,8 +115,8 @@ class Config:
                         within="[1, inf)")
     teacher_steps: int | None = option(None, "steps of the teacher (none: as --steps)",
                                        within="[1, inf)")
-    learning_rate: float = option(0.128, "peak, per 256 labelled images [v4: 0.016, that is 0.128 "
-                                  "at 2048]", within="(0, inf)")
+    learning_rate: float = option(0.128, "peak, per 256 labelled images; ours is eight times the "
+                                  "paper's [v4: 0.016, that is 0.128 at 2048]", within="(0, inf)")
     epochs: float = option(350.0, "epochs that --steps stand for in the schedule [v4: 350, or 700 "
                            "up to B4; code, SVHN: 202.33]", within="(0, inf)")
     warmup_epochs: float = option(150.0, "epochs of linear warm-up [code: 5]", within="[0, inf)")
@@ -239,10 +240,12 @@ def check_chain(config):
                f"{teacher}: reorder them, or add --allow-smaller")
 
 
-# The official run of the student on SVHN [code]; the teacher's own recipe is published nowhere.
-# Offline it has threshold 0.3, balance and per_class 53,113 instead. decay_epochs solves 0.016 to
-# 0.0002 (per 256 images) in 202.33 - 5 epochs; as the staircase counts from step 0, the rate ends
-# at 0.00018. The official files have passed through JPEG at quality 100, which is left out here.
+# The official run of the student on SVHN [code]; the teacher's own recipe is published nowhere. It
+# labels while it trains, without filter and balance; the variant that labels beforehand has
+# threshold 0.3, balance and per_class 53,113. decay_epochs solves 0.016 to 0.0002 (per 256 images)
+# in 202.33 - 5 epochs; as the staircase counts from step 0, the rate ends at 0.00018. What is not
+# here is as in Config (dropout, survival, smoothing, constants 4, T = 1); mean, deviation and "no
+# flip" are in DATASETS. The official files have passed through JPEG at quality 100: left out.
 SVHN_RECIPE = dict(
     labels=None, dev=4000, test=None, unlabeled=None, extra=True,
     models=("b0", "b0"), batch=128, ratio=5, steps=109474, epochs=109474 * 128 / 69257,
@@ -265,8 +268,9 @@ def noisy_student(config, data=None):
     last = f"student {len(networks) - 1}"
 
     # The control is the last student's run with the unlabelled part left out: the same network,
-    # initial weights (they follow from `key`), order of labelled images and schedule. Its noise is
-    # of the same kind but not the same numbers, as a smaller batch draws fewer of them.
+    # initial weights (they follow from `key`; a warm start is the student's alone), order of the
+    # labelled images, steps and schedule. With fewer images in a batch, the random numbers of the
+    # noise are others, and batch-norm statistics and loss are of the labelled images only.
     control = train_generation("supervised", networks[-1], data, config, run, key=last)
 
     # Step 1: the teacher learns from the labelled images.
@@ -280,8 +284,9 @@ def noisy_student(config, data=None):
         # Step 4: the student becomes the teacher.
         teacher = student
 
+    # What is now called the teacher is the last student.
     if config.fix_resolution:
-        fix_resolution(last, teacher, data, config, run, control)
+        fine_tune_generation(last, teacher, data, config, run, control)
     return run.results()
 
 
@@ -290,8 +295,8 @@ def train_generation(name, network, data, config, run, *, teacher=None, control=
     """Train one network of the chain, measure it and save it -> the averaged network.
 
     name: of the generation. network: of FAMILY. teacher: labels the unlabelled images; None: only
-    labelled ones are used. control: the network whose mistakes on the test images are looked at
-    apart. key: seeds initial weights and noise (default: name). steps: default config.steps."""
+    labelled ones are used. control: the network on whose mistakes this one is measured, too. key:
+    seeds initial weights and noise (default: name). steps: default config.steps."""
     key = key or name
     model = run.load(name, data, config)
     if model is not None:  # an interrupted run got as far as this
@@ -311,7 +316,7 @@ def train_generation(name, network, data, config, run, *, teacher=None, control=
 
     run.finish(average, data, {
         "name": name, **progress.summary(), **pseudo_summary(pseudo),
-        **measure(average, data, config, control or average)})
+        **measure(average, data, config, control)})
     return average
 
 
@@ -332,26 +337,29 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", progress=None
     pseudo = pseudo or no_pseudo_labels(data)
     targets = smoothed_one_hot(data.labels, data.num_classes, config.label_smoothing)  # (n,K)
 
+    # On several GPUs for_training changes batch-norm in place, so the average is made after it.
     forward = for_training(model, config)
     ema = EMA(model, config.ema)
     base_lr = config.learning_rate * config.batch / 256  # the rate counts labelled images alone
     optimizer = RMSpropTF(parameter_groups(model, config.weight_decay), base_lr)
+
+    # An interrupted run goes on with the state of these parts and the number of the step.
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "pseudo": pseudo}
     first = progress.restore(parts)
-    ema.updates = first
+    ema.updates = first  # one a step
     model.train()
 
     for step in range(first, steps):
         # Every draw follows from (seed, key, step), so a resumed run needs no random state.
         torch.manual_seed(seed_of(config.seed, key, step, world_of()[0]))
 
-        # 1. The rate.
+        # The rate.
         lr = learning_rate(step, base_lr, steps / config.epochs, config.warmup_epochs,
                            config.decay_epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # 2. The batch: labelled images, then unlabelled ones. The order of the labelled follows
+        # The batch: labelled images, then unlabelled ones. The order of the labelled follows
         # from the seed alone: the control sees the same.
         batch_l, batch_u = batch_sizes(config, pseudo, step / steps)
         rows_l = batch_rows(len(data.labels), batch_l, step, config.seed, "labelled")
@@ -362,16 +370,16 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", progress=None
         target_l = gather(targets, rows_l, device)  # (B,K)
         target_u = gather(pseudo.targets, rows_u, device)  # (U,K)
 
-        # 3-5. Noise, loss, update.
+        # Noise, loss, update.
         loss_l, loss_u = train_step(forward, optimizer, images_l, target_l, images_u, target_u,
                                     data, config)
         ema.update(model)
 
         # Ours: the student's average takes over as the teacher while it learns.
         if config.relabel_every and batch_u and (step + 1) % config.relabel_every == 0:
-            pseudo.replace(make_pseudo(ema.model, data, config, f"{key} at {step + 1}"))
+            pseudo.become(make_pseudo(ema.model, data, config, f"{key} at {step + 1}"))
 
-        # This only watches, and saves every minute.
+        # This only watches: it checks the loss, shows it, and saves every minute.
         progress.step(step + 1, lr, loss_l, loss_u, len(rows_l) + len(rows_u), parts)
 
     synchronize(ema.model)
@@ -398,8 +406,8 @@ def train_step(forward, optimizer, images_l, target_l, images_u, target_u, data,
     with precision(x.device, config):
         logits = forward(x) if config.unlabeled_model_noise else forward(x, B)  # (B+U,K)
 
-    # The loss: cross-entropy, averaged over each part, and the parts weighted. Where a step has one
-    # part alone, that is its mean.
+    # The loss: cross-entropy, averaged over each part, and the parts weighted. Of one part alone
+    # (no pseudo labels, or joint=False) it is the mean.
     target = torch.cat([target_l, target_u])  # (B+U,K)
     losses = F.cross_entropy(logits.float(), target, reduction="none")  # (B+U,)
     loss_l = losses[:B].sum() / max(1, B)
@@ -429,7 +437,10 @@ def loss_weights(name, r):
 
 
 def learning_rate(step, base_lr, steps_per_epoch, warmup_epochs=5, decay_epochs=2.4, decay=0.97):
-    """Linear warm-up to base_lr, then a staircase that counts from step 0 ([v4]; [code])."""
+    """Linear warm-up to base_lr, then a staircase ([v4]; [code]).
+
+    The staircase counts from step 0, not from the end of the warm-up: after a long warm-up the rate
+    falls at once to where the staircase has got by then."""
     warmup_steps = int(warmup_epochs * steps_per_epoch)
     if step < warmup_steps:
         return base_lr * step / warmup_steps
@@ -560,7 +571,8 @@ def batch_sizes(config, pseudo, done):
 def batch_rows(n, batch, step, *key):
     """Row numbers of batch number `step` in endless passes over n rows, each pass in a new order.
 
-    Of a run on several processes, this process's share of them."""
+    With n = 5 and batch = 4, number 1 is the last row of pass 0 and the first three of pass 1. Of a
+    run on several processes, this process's share of them."""
     if batch == 0:
         return torch.arange(0)
     start = step * batch
@@ -620,14 +632,14 @@ class Pseudo:
     targets: torch.Tensor  # float32 (M,K): the target of every unlabelled image
     kept: int  # how many images passed the filter
 
-    def replace(self, other):
+    def become(self, other):
         self.rows, self.targets, self.kept = other.rows, other.targets, other.kept
 
     def state_dict(self):
         return dict(vars(self))
 
     def load_state_dict(self, state):
-        self.replace(Pseudo(**state))
+        self.become(Pseudo(**state))
 
 
 def no_pseudo_labels(data):
@@ -645,8 +657,9 @@ def pseudo_label(teacher, images, data, config, *, key="", batch=1000):
 
     # Un-noised: a copy in evaluation mode (no dropout, no stochastic depth, batch-norm by its
     # averages) looks at clean images. Only table 6 asks for a noisy teacher.
-    model = fold_batchnorm(teacher)
-    if config.noisy_teacher:
+    if not config.noisy_teacher:
+        model = fold_batchnorm(teacher)
+    else:
         model = noisy_copy(teacher)
 
     device = next(model.parameters()).device
@@ -686,18 +699,26 @@ def error_rate(model, images, labels, data, config):
     return wrong.double().mean().item()
 
 
+def keep_confident(probabilities, threshold, below=math.inf):
+    """Rows whose confidence, the largest probability, is >= threshold (and < below) [v4; code].
+
+    The paper says > 0.3, the official code >=."""
+    confidence = probabilities.amax(1)  # (M,)
+    return ((confidence >= threshold) & (confidence < below)).nonzero().squeeze(1)
+
+
 def filter_and_balance(probabilities, threshold, per_class, generator=None, *, balance=True,
                        below=math.inf):
     """Rows to train on, int64 (M',), copies included, from probabilities (M,K) [v4].
 
-    Keeps images whose confidence, the largest probability, is >= threshold (and < below). Of each
-    predicted class it takes the `per_class` most confident (None: the mean number kept; paper:
-    130K); a class with fewer is duplicated at random, so that numbers of copies differ by at most
-    one; a class with none stays empty. balance=False stops after the filter.
+    Of the images that keep_confident keeps, takes each predicted class's `per_class` most confident
+    (paper: 130K; None: the mean number kept, ours); a class with fewer is duplicated at random, so
+    that numbers of copies differ by at most one; a class with none stays empty. balance=False stops
+    after the filter.
     Ours is exact: the official code walks 0.01-wide bins of confidence downwards, and thins the
     class at random over the bins it has kept, the most confident images included."""
+    kept = keep_confident(probabilities, threshold, below)
     confidence, label = probabilities.max(1)  # (M,), (M,)
-    kept = ((confidence >= threshold) & (confidence < below)).nonzero().squeeze(1)
     if not balance or len(kept) == 0:
         return kept
 
@@ -726,9 +747,9 @@ def make_pseudo(teacher, data, config, key=""):
     probabilities = pseudo_label(teacher, data.unlabeled_images, data, config, key=key)  # (M,K)
 
     low, high = config.interval or (config.threshold, 1.0)
-    below = high if high < 1 else math.inf  # HIGH is left out, but a confidence of 1 is not
+    below = math.inf if high == 1 else high  # HIGH is left out, but a confidence of 1 is not
     generator = torch.Generator().manual_seed(seed_of(config.seed, key, "balance"))
-    kept = filter_and_balance(probabilities, low, None, balance=False, below=below)
+    kept = keep_confident(probabilities, low, below)
     rows = filter_and_balance(probabilities, low, config.per_class, generator,
                               balance=config.balance, below=below)
     check_what_is_left(probabilities, kept, rows, config, key)
@@ -796,24 +817,26 @@ def fine_tune_resolution(model, data, config, size, *, epochs=1.5):
     1.5 epochs on un-augmented labelled images [v4], the shallow layers frozen and their batch-norm
     in evaluation mode [code: fix_layer_num, whose value is not published; the stem and the first
     half of the blocks are ours]. The rate is the tail of the main schedule, without a warm-up
-    [code: train_last_step_num]: for 1.5 of 350 epochs about 0.012 of the peak."""
-    student = AtResolution(copy.deepcopy(model).requires_grad_(True), size)
-    blocks = student.model.blocks
-    shallow = [student.model.stem, *blocks[:len(blocks) // 2]]
+    [code: train_last_step_num]: about 0.012 of the peak for the official schedule, 0.11 for the
+    demo's. Dropout and stochastic depth stay on in the layers that learn."""
+    tuned = AtResolution(copy.deepcopy(model).requires_grad_(True), size)
+    blocks = tuned.model.blocks
+    shallow = [tuned.model.stem, *blocks[:len(blocks) // 2]]
     for module in shallow:
         module.requires_grad_(False)
 
     targets = smoothed_one_hot(data.labels, data.num_classes, config.label_smoothing)  # (n,K)
-    steps = max(1, round(epochs * len(data.labels) / config.batch))
+    steps = fine_tune_steps(data, config, epochs)
     base_lr = config.learning_rate * config.batch / 256
-    optimizer = RMSpropTF(parameter_groups(student, config.weight_decay), base_lr)
-    ema = EMA(student, config.ema)
-    student.train()
+    forward = for_training(tuned, config)
+    optimizer = RMSpropTF(parameter_groups(tuned, config.weight_decay), base_lr)
+    ema = EMA(tuned, config.ema)
+    tuned.train()
     for module in shallow:
         module.eval()
 
     for step in range(steps):
-        torch.manual_seed(seed_of(config.seed, "fix resolution", step))
+        torch.manual_seed(seed_of(config.seed, "fix resolution", step, world_of()[0]))
         main_step = max(0, config.steps - steps + step)
         lr = learning_rate(main_step, base_lr, config.steps / config.epochs, config.warmup_epochs,
                            config.decay_epochs)
@@ -822,16 +845,23 @@ def fine_tune_resolution(model, data, config, size, *, epochs=1.5):
 
         rows = batch_rows(len(data.labels), config.batch, step, config.seed, "fix resolution")
         images = gather(data.labeled_images, rows, targets.device)  # (B,3,H,W)
-        logits = student(normalise(images, data))  # (B,K)
-        loss = F.cross_entropy(logits, gather(targets, rows, targets.device))
+        with precision(targets.device, config):
+            logits = forward(normalise(images, data))  # (B,K)
+        loss = F.cross_entropy(logits.float(), gather(targets, rows, targets.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        ema.update(student)
+        ema.update(tuned)
+    synchronize(ema.model)
     return ema.model
 
 
-def fix_resolution(name, model, data, config, run, control):
+def fine_tune_steps(data, config, epochs):
+    """Steps that so many epochs over the labelled images take."""
+    return max(1, round(epochs * len(data.labels) / config.batch))
+
+
+def fine_tune_generation(name, model, data, config, run, control):
     """The fine-tune as a last generation; the paper measures robustness without it."""
     name = f"{name} at {config.fix_resolution} px"
     if run.load(name, data, config) is not None:
@@ -840,7 +870,7 @@ def fix_resolution(name, model, data, config, run, control):
     tuned = fine_tune_resolution(model, data, config, config.fix_resolution)
     seconds = time.monotonic() - started
     measured = measure(tuned, data, replace(config, robustness=False), control)
-    images = round(1.5 * len(data.labels))
+    images = config.batch * fine_tune_steps(data, config, 1.5)
     run.finish(tuned, data, {"name": name, "images_seen": images, "seconds": round(seconds, 2),
                              **pseudo_summary(None), **measured})
 
@@ -1031,7 +1061,7 @@ def train_variants(study, config, generations):
             student = train_next(name, network, images, changed, teacher=student,
                                  key=f"student {k}")
         if changed.fix_resolution:
-            fix_resolution(variant, student, images, changed, run, control)
+            fine_tune_generation(variant, student, images, changed, run, control)
 
 
 def study_size(study, config):
@@ -1101,7 +1131,7 @@ def measure(model, data, config, control):
     The last is an ImageNet-A for small images: that was selected by the mistakes of a ResNet-50."""
     labels = data.test_labels.cpu()  # (T,)
     wrong = predict(model, data.test_images, data, config) != labels  # (T,)
-    mistakes = wrong
+    mistakes = wrong[:0]  # none to look at without a control
     if control is not None:
         mistakes = wrong[predict(control, data.test_images, data, config) != labels]
     return {
@@ -1248,7 +1278,6 @@ def motion_blur(x, radius, sigma, angle):
     weights = weights[weights > 1e-5]  # the rest adds less than 0.01 grey levels
 
     # Whole pixels only, as ImageMagick; beyond the border the border's pixels repeat.
-
     grid = pixel_grid(x)  # (N,H,W,2)
     height, width = x.shape[2:]
     pixel = x.new_tensor([2 / width, 2 / height])           # in the grid's units
@@ -1459,7 +1488,7 @@ def pgd(predict, images, labels, epsilon, steps=10, step_size=None, random_start
             loss = F.cross_entropy(logits, labels.long(), reduction="sum")
         gradient, = torch.autograd.grad(loss, x)
         x = x.detach() + step_size * gradient.sign()
-        x = x.clamp(low, high)  # the projection onto the ball
+        x = x.clamp(low, high)  # the projection, onto the ball and onto [0,255]
     return x
 
 
@@ -2934,8 +2963,8 @@ def dry_run(config):
     seconds, student = training_seconds(config, device)
     images = config.batch * (1 + config.ratio)
     print(f"a step of the last student, {images} images, takes {student:.3f} s: "
-          f"{images / student:,.0f} images/s\npeak memory {peak_gibibytes(device):.2f} GiB; training "
-          f"would take about {seconds / 3600:,.1f} hours ({seconds / 60:,.0f} minutes)")
+          f"{images / student:,.0f} images/s; peak memory {peak_gibibytes(device):.2f} GiB")
+    print(f"training would take about {seconds / 60:,.0f} minutes ({seconds / 3600:,.1f} hours)")
 
 
 def training_seconds(config, device, patience=2.0):

@@ -605,14 +605,15 @@ def test_evaluation_has_no_noise():
     assert torch.equal(effnet_twins(model), effnet_twins(quiet))
 
 
-@pytest.mark.parametrize("dropout, survival", [(0.5, 1.0), (0.0, 0.5)])
+@pytest.mark.parametrize("dropout, survival", [(0.5, 1.0), (0.0, 0.2)])
 def test_noise_can_be_kept_to_the_labelled_rows(dropout, survival):
     torch.manual_seed(0)
     model = EfficientNet("nano", 5, small_images=True, dropout=dropout, survival=survival).train()
-    eight_alike = torch.randn(1, 3, 32, 32).repeat(8, 1, 1, 1)
-    y = model(eight_alike, 4)
-    assert torch.allclose(y[4:7], y[5:], atol=1e-4)
-    assert not torch.allclose(y[:4], y[4:], atol=1e-2)
+    images = torch.randn(4, 3, 32, 32)
+    y = model(torch.cat([images, images, images]), 4)
+    # Batch-norm sees the noised rows as well, but it treats the others alike.
+    assert torch.allclose(y[4:8], y[8:], atol=1e-4)
+    assert not torch.allclose(y[:4], y[4:8], atol=1e-2)
 
 
 def test_dropout_zeroes_and_rescales_single_features():
@@ -1614,8 +1615,6 @@ def test_unwritable_picture_is_one_line(tmp_path, capsys):
 
 # ==== The method ====================================================================================
 
-# END PREAMBLE
-# ==== The method ==================================================================================
 # Images are tagged: every pixel of image number t is t. Whatever a network sees un-noised tells
 # which image it is.
 
@@ -1963,8 +1962,8 @@ def test_the_control_is_the_reference_for_the_mistakes_of_all(plain_chain, monke
     measured = watch(monkeypatch, "measure")
     trained, _, _ = plain_chain()
     control = trained[0]["result"]
-    assert all(call["control"] is control for call in measured)
-    assert [call["result"]["control_mistakes_error"] for call in measured][0] in (1.0, None)
+    assert all(call["control"] is control for call in measured[1:])
+    assert measured[0]["result"]["control_mistakes_error"] is None  # it has no control itself
 
 
 def no_report(model, data, config):
@@ -1986,7 +1985,7 @@ def test_the_fine_tune_follows_the_last_student_and_is_measured_apart(monkeypatc
 
     last = results["generations"][-1]
     assert [record["robustness"] for record in results["generations"]] == [{}, {}, {}, None]
-    assert last["images_seen"] == 18
+    assert last["images_seen"] == 16  # 1.5 epochs of 12 images, in 4 steps of 4
 
 
 # ---- Measurements ----
@@ -3161,7 +3160,10 @@ def test_recorded_errors_are_those_of_the_saved_network(whole, name):
     per_class = [wrong[data.test_labels == k].mean().item() for k in range(3)]
     assert record["test_error"] == pytest.approx(wrong.mean().item())
     assert record["test_error_per_class"] == pytest.approx(per_class)
-    assert record["control_mistakes_error"] == pytest.approx(wrong[missed].mean().item())
+    if name == "supervised":  # it has no control itself
+        assert record["control_mistakes_error"] is None
+    else:
+        assert record["control_mistakes_error"] == pytest.approx(wrong[missed].mean().item())
     dev_wrong = (dev_guess != data.dev_labels).double()
     assert record["dev_error"] == pytest.approx(dev_wrong.mean().item())
 
@@ -4039,8 +4041,9 @@ class FakeStudy:
         self.loaded = []  # configurations that data were loaded for
         self.out = str(out)
         patch.setattr(ns, "train_generation", self.train)
-        patch.setattr(ns, "fix_resolution", self.fine_tune)
+        patch.setattr(ns, "fine_tune_generation", self.fine_tune)
         patch.setattr(ns, "load_data", self.load)
+        patch.setattr(os, "fsync", ignore)
 
     def train(self, name, network, data, config, run, **more):
         model = object()

@@ -240,12 +240,12 @@ def check_chain(config):
                f"{teacher}: reorder them, or add --allow-smaller")
 
 
-# The official run of the student on SVHN [code]; the teacher's own recipe is published nowhere. It
-# labels while it trains, without filter and balance; the variant that labels beforehand has
-# threshold 0.3, balance and per_class 53,113. decay_epochs solves 0.016 to 0.0002 (per 256 images)
-# in 202.33 - 5 epochs; as the staircase counts from step 0, the rate ends at 0.00018. What is not
-# here is as in Config (dropout, survival, smoothing, constants 4, T = 1); mean, deviation and "no
-# flip" are in DATASETS. The official files have passed through JPEG at quality 100: left out.
+# The official run of the student on SVHN [code]; the teacher's own recipe is published nowhere.
+# The online run neither filters nor balances; the offline one has threshold 0.3, balance and
+# per_class 53,113. decay_epochs solves 0.016 to 0.0002 (per 256 images) in 202.33 - 5 epochs; as the
+# staircase counts from step 0, the rate ends at 0.00018. What is not here is as in Config (dropout,
+# survival, smoothing, constants 4, T = 1); mean, deviation and "no flip" are in DATASETS. The
+# official files have passed through JPEG at quality 100: left out.
 SVHN_RECIPE = dict(
     labels=None, dev=4000, test=None, unlabeled=None, extra=True,
     models=("b0", "b0"), batch=128, ratio=5, steps=109474, epochs=109474 * 128 / 69257,
@@ -527,7 +527,9 @@ class EMA:
 
 
 def float_state(model):
-    """All floating-point tensors of a network's state: weights and batch-norm statistics."""
+    """All floating-point tensors of a network's state: weights and batch-norm statistics.
+
+    What is left out is batch-norm's count of batches, an integer that nothing uses."""
     return [value for value in model.state_dict().values() if value.is_floating_point()]
 
 
@@ -593,7 +595,10 @@ def pass_order(n, *key):
 
 
 def seed_of(*parts):
-    """One 63-bit seed from anything printable."""
+    """One 63-bit seed from anything printable.
+
+    Whatever is random in a run follows from (seed, what it is for, step): a resumed run repeats it
+    without a saved random state."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -907,6 +912,7 @@ STUDIES = {
         whole=True, control=True),
 
     # The noise, and what it is worth.
+    # Removed on the unlabelled images only, as there.
     "table6": Study(
         "table 6 [v4]: B5, 130M images", "Which noise does it take?",
         {"Noisy Student": {},
@@ -946,6 +952,7 @@ STUDIES = {
         {"all": "84.0", "1/4": "83.8", "1/16": "83.9", "1/64": "83.3"},
         "a sixteenth is nearly as good; less is not"),
 
+    # With L2 as the teacher 3:1 gains (87.4 against 86.7), with B4 it does not.
     "ratio": Study(
         "ratio of batch sizes [v2]: B4; L2 86.7 and 87.4", "How many of them in a step?",
         {"1:1": dict(ratio=1), "3:1": dict(ratio=3)}, {"1:1": "84.0", "3:1": "84.0"},
@@ -964,6 +971,7 @@ STUDIES = {
          "neither": dict(threshold=0.0, balance=False)},
         {}, "balancing helps small students"),
 
+    # Our pretraining takes 80% of the steps; the paper does not say how long its own was.
     "joint": Study(
         "joint training [v4]", "Both kinds of images at once, or one after the other?",
         {"joint": {}, "pretrain, then fine-tune": dict(joint=False)}, {}, "joint is better"),
@@ -973,6 +981,7 @@ STUDIES = {
         {"from scratch": {}, "warm start": dict(warm_start=True)}, {},
         "from scratch is at least as good", base=dict(models=("nano", "nano"))),
 
+    # The paper's out-of-domain images are those of JFT with low confidence.
     "out-of-domain": Study(
         "hard labels on out-of-domain images [v1]", "And if the unlabelled images are others?",
         {"in domain": {}, "CIFAR-10, soft": dict(unlabeled_dataset="cifar10"),
@@ -985,16 +994,19 @@ STUDIES = {
         {"1": {}, "0.5": dict(temperature=0.5), "0.25": dict(temperature=0.25)}, {},
         "not reported"),
 
+    # At ratio 1 `sum` and `ratio` are the same.
     "weighting": Study(
         "the three weightings of the loss [v4; code]", "Do they matter, at ratio 3?",
         {"average": {}, "sum": dict(loss="sum"), "ratio": dict(loss="ratio")}, {}, "not reported",
         base=dict(ratio=3)),
 
+    # 40 pixels on 32, as the paper's 800 on 475.
     "fix-resolution": Study(
         "train-test resolution [v4]", "Does a fine-tune at a larger size help?",
         {"as trained": {}, "fine-tuned": dict(fix_resolution=40)}, {},
         "used for L2, with all of ImageNet's labels"),
 
+    # L2's pseudo labels make a B0 of 77.3 one of 78.8.
     "distillation": Study(
         "L2 as the teacher [v2]", "And a smaller student? (with a larger teacher than elsewhere)",
         {"smaller student": {}},
@@ -1002,6 +1014,7 @@ STUDIES = {
         "better than alone, less than its teacher",
         base=dict(models=("tiny", "nano"), allow_smaller=True), control=True),
 
+    # Not in the paper: the student's average takes over as the teacher while it learns.
     "relabel": Study(
         "ours", "Should the labels follow the student while it learns?",
         {"once": {}, "every 250 steps": dict(relabel_every=250)}, {}, "not in the paper"),
@@ -1073,6 +1086,7 @@ def study_size(study, config):
 
 def announce(generations, total):
     """Which of how many runs comes next, and the time left, by the mean of those that are done."""
+    # Finished runs of an earlier, interrupted command count as done.
     seconds = [record["seconds"] for records in generations.values() for record in records]
     left = np.mean(seconds) * (total - len(seconds)) if seconds else math.nan
     print(f"run {len(seconds) + 1} of {total}, " + (f"{clock(left)} left" if seconds else "first"))
@@ -1080,6 +1094,7 @@ def announce(generations, total):
 
 def study_table(study, generations):
     """{row: n, test error mean and std in %, the paired difference to the first variant, paper}."""
+    # Rows in the order in which they were trained.
     errors = {}  # row -> one test error per seed
     for records in generations.values():
         for record in records:
@@ -1090,6 +1105,7 @@ def study_table(study, generations):
     if default not in errors:  # a chain has several rows: compare with where it began
         default = next(iter(errors))
 
+    # A seed that has not come to a row yet has no difference there.
     table = {}
     for row, values in errors.items():
         pairs = list(zip(values, errors.get(default, [])))
@@ -1107,7 +1123,7 @@ def spread(name, values):
 
 
 def print_study(table):
-    """The table of a study as aligned text."""
+    """The table of a study as aligned text; errors in %, minus is better."""
     rows = [["", "n", "test error, %", "difference", "paper, top-1"]]
     for name, row in table.items():
         error = plus_minus(row["test_mean"], row["test_std"])
@@ -1151,6 +1167,7 @@ def measure_robustness(model, data, config):
     """robustness() of a network on config.robustness_images of the test images."""
     model = fold_batchnorm(model)
 
+    # Attacks are in grey levels, so normalisation is a part of what they attack.
     def predict_logits(x):  # (N,3,H,W) in 0-255 -> (N,K)
         with precision(x.device, config):
             return model(normalise(x, data)).float()
@@ -1296,6 +1313,7 @@ def zoom_blur(x, largest):
     # The rounding of np.arange lets the ends 1.06 and 1.11 in, as in the published files.
     factors = np.arange(1, largest, 0.01)
 
+    # Rows and columns are enlarged in turn.
     total = x
     for factor in factors:
         wide = magnify_rows(x.mT, factor)
@@ -2235,6 +2253,9 @@ for name, record in (DATASETS | {"folder": FOLDER}).items():
 
 
 # ---- Files ---------------------------------------------------------------------------------------
+# Everything is written to a temporary file first and then renamed, so a kill at any moment leaves
+# whole files. JSON for what people read, torch.save for tensors; a file is only believed if it was
+# written by this program (weights_only: it cannot run code).
 
 class Run:
     """The folder of a run, or no folder where config.out is None.
@@ -2334,6 +2355,8 @@ def output_folder(config):
     """What --out auto means: named after what runs, and the first such that is free."""
     what = config.study or "-".join([*config.models, f"seed{config.seed}"])
     name = f"runs/{Path(config.dataset).name}-{what}"
+
+    # A resumed run is the first of that name; others are known by their --out.
     folder = name
     k = 2
     while Path(folder).exists() and not config.resume:
@@ -2372,6 +2395,7 @@ def check_same_run(saved, config, folder):
 
 def replace_file(path, write):
     """write(file) into a temporary file, then rename it: `path` is the old or the new file."""
+    # A crash leaves the temporary file, and the disk has the new one before it gets the name.
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -2431,6 +2455,7 @@ def load_model(path, data, config):
 
 # ---- Progress and results ------------------------------------------------------------------------
 
+# Reading a loss makes a CPU wait for the GPU, so that is done once a second and not once a step.
 # How often a run is looked at, shown and saved. A killed run loses SAVE_SECONDS at most.
 REPORT_SECONDS = 1.0
 PRINT_SECONDS = 10.0  # where output is no terminal
@@ -2469,9 +2494,12 @@ class Progress:
     def step(self, step, lr, loss_l, loss_u, images, parts):
         """Note a step; every second or so report. Reading the sums is the one wait for a GPU."""
         self.images += images * world_of()[1]
+
+        # On the device: nothing here waits for it.
         finite = torch.isfinite(loss_l + loss_u).float()
         self.sums = self.sums + torch.stack([loss_l, loss_u, finite])
         self.count += 1
+
         now = time.monotonic()
         if step == self.steps or now - self.reported >= REPORT_SECONDS:
             self.report(step, lr, now, parts)
@@ -2507,6 +2535,8 @@ class Progress:
         terminal = sys.stdout.isatty()
         if world_of()[0] or not (terminal or done or now - self.printed >= PRINT_SECONDS):
             return
+
+        # The time left, at the speed so far.
         left = entry["seconds"] / entry["step"] * (self.steps - entry["step"])
         losses = f"L {entry['loss_labeled']:.3f}"
         if entry["loss_unlabeled"]:
@@ -2735,6 +2765,7 @@ def world_of():
 
 def choose_device(config):
     """The device of config, and this process's place among those of torchrun -> torch.device."""
+    # Under torchrun each process has a GPU of its own.
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -2742,6 +2773,8 @@ def choose_device(config):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     expect(name.startswith(("cpu", "cuda")), f"--device {name} is not supported here: expected "
            "auto, cpu or cuda")
+
+    # Whether it exists shows when it is used.
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -2749,6 +2782,7 @@ def choose_device(config):
         reason = str(error).partition("\n")[0]
         raise UserError(f"--device {name} cannot be used on this machine ({reason})") from None
 
+    # Images of one size all along: the fastest convolutions are worth a search (cudnn.benchmark).
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -2786,6 +2820,7 @@ def precision(device, config):
 def begin(config, data=None):
     """Device, data and folder of a run, and a line that says what runs -> config, data, Run."""
     device = choose_device(config)
+    # The name of the data set is part of the results, and of the folder's name.
     if data is not None:
         config = replace(config, dataset="arrays")
     if config.out == "auto":
@@ -2803,6 +2838,8 @@ def begin(config, data=None):
         figure_class()
 
     run = Run(config)
+
+    # The line that says what runs.
     if world_of()[0] == 0:
         print(f"{config.dataset}: {len(data.labels):,} labelled, {len(data.unlabeled_images):,} "
               f"unlabelled, {len(data.dev_labels):,} dev, {len(data.test_labels):,} test images; "
@@ -2823,6 +2860,8 @@ def load_data_in_turn(config):
 
 
 # ---- Command line --------------------------------------------------------------------------------
+# Config is the only list of options: flags, --help, --dry-run and --resume follow its fields.
+# An error of the user's is one line on stderr and status 2.
 
 # The groups of --help: each begins at this field of Config.
 GROUPS = {"preset": "what runs", "labels": "data", "batch": "training", "augment": "noise",
@@ -2869,7 +2908,9 @@ def recipe_of(preset, dataset):
 
 
 def make_parser():
-    """A flag for every field of Config."""
+    """A flag for every field of Config.
+
+    A flag that is not given leaves no trace (SUPPRESS): so presets can fill in what is missing."""
     parser = argparse.ArgumentParser("noisy_student.py", description=DESCRIPTION,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = raise_usage_error
@@ -2884,11 +2925,13 @@ def make_parser():
 
 def add_flag(group, f):
     """The flag of one field of Config, its type from the annotation."""
+    # "int | None" is an int that may be none; the last word of the name stands for the value.
     flag = "--" + f.name.replace("_", "-")
     text = f"{f.metadata['source']} (default: {show_value(f.default)})".replace("%", "%%")
     kinds = [kind for kind in typing.get_args(f.type) if kind is not type(None)]
     kind = kinds[0] if kinds else f.type
     metavar = f.name.rpartition("_")[2].upper()
+
     if f.name == "models":
         group.add_argument(flag, nargs="+", metavar="NETWORK", help=text)
     elif f.name == "interval":
@@ -2931,6 +2974,7 @@ def raise_usage_error(message):
 
 def explain_unknown(unknown):
     """One line for flags that do not exist, with the one that was probably meant."""
+    # By its initials (--lr) or by its spelling (--model).
     flags = ["--" + f.name.replace("_", "-") for f in fields(Config)]
     flags += [flag.replace("--", "--no-") for flag in flags]
     wrong = next((word for word in unknown if word.startswith("-")), " ".join(unknown))
@@ -3012,16 +3056,21 @@ def peak_gibibytes(device):
 
 def evaluate(config):
     """Measure a saved network of a run again, on that run's data, beside the run's control."""
+    # The run's data, network and control.
     path = Path(config.evaluate)
     data = load_data(config).to(choose_device(config), config.memory)
     model = load_model(path, data, config)
     control_path = path.with_name("supervised.pt")
     control = load_model(control_path, data, config) if control_path.exists() else None
+
+    # Errors, in one sentence.
     measured = measure(model, data, config, control)
     print(f"{path} on {config.dataset}, seed {config.seed}: {percent(measured['dev_error'])} of "
           f"{len(data.dev_labels):,} dev images and {percent(measured['test_error'])} of "
           f"{len(data.test_labels):,} test images are wrong, and "
           f"{percent(measured['control_mistakes_error'])} of those that the control gets wrong")
+
+    # Robustness, beside the control's where there is one.
     if config.robustness:
         reports = {path.stem: measured["robustness"]}
         if control is not None:
@@ -3040,6 +3089,7 @@ def list_studies():
 
 def act(config):
     """Do what the command line asks for."""
+    # What needs no training.
     if config.draw:
         draw(config.draw)
     elif config.evaluate:
@@ -3048,6 +3098,8 @@ def act(config):
         list_studies()
     elif config.dry_run:
         dry_run(config)
+
+    # What does: a study, or the method itself.
     elif config.study:
         expect(config.study in STUDIES, f"--study {config.study}: expected list or one of "
                f"{', '.join(STUDIES)}")
@@ -3087,6 +3139,8 @@ def main(argv=None):
     keep_freed_memory()
     config = None
     status = 2
+
+    # Whatever a user can mend ends in one line; all else is a bug and shows its traceback.
     try:
         config = parse_args(argv)
         act(config)

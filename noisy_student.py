@@ -242,10 +242,10 @@ def check_chain(config):
 
 # The official run of the student on SVHN [code]; the teacher's own recipe is published nowhere.
 # The online run neither filters nor balances; the offline one has threshold 0.3, balance and
-# per_class 53,113. decay_epochs solves 0.016 to 0.0002 (per 256 images) in 202.33 - 5 epochs; as the
-# staircase counts from step 0, the rate ends at 0.00018. What is not here is as in Config (dropout,
-# survival, smoothing, constants 4, T = 1); mean, deviation and "no flip" are in DATASETS. The
-# official files have passed through JPEG at quality 100: left out.
+# per_class 53,113. decay_epochs solves 0.016 to 0.0002 (per 256 images) in 202.33 - 5 epochs; as
+# the staircase counts from step 0, the rate ends at 0.00018. What is not here is as in Config
+# (dropout, survival, smoothing, constants 4, T = 1); mean, deviation and "no flip" are in DATASETS.
+# The official files have passed through JPEG at quality 100: left out.
 SVHN_RECIPE = dict(
     labels=None, dev=4000, test=None, unlabeled=None, extra=True,
     models=("b0", "b0"), batch=128, ratio=5, steps=109474, epochs=109474 * 128 / 69257,
@@ -1038,10 +1038,12 @@ def run_study(config):
 
         # Written after every seed, so that it can be looked at while the study goes on.
         table = study_table(study, generations)
-        write_json(Path(config.out, "study.json"), {
-            "study": config.study, **study._asdict(), "config": asdict(config), "rows": table})
-    print(f"\n{config.study}, {study.source}. {study.question}\n{print_study(table)}\n"
-          f"The paper: {study.direction}. Wrote {config.out}/study.json")
+        if world_of()[0] == 0:
+            write_json(Path(config.out, "study.json"), {
+                "study": config.study, **study._asdict(), "config": asdict(config), "rows": table})
+    if world_of()[0] == 0:
+        print(f"\n{config.study}, {study.source}. {study.question}\n"
+              f"{print_study(table)}\nThe paper: {study.direction}. Wrote {config.out}/study.json")
     return table
 
 
@@ -1053,7 +1055,8 @@ def train_variants(study, config, generations):
     control = None
 
     def train_next(name, network, data, config, **more):
-        announce(generations, total)
+        if not run.has(name):
+            announce(generations, total)
         return train_generation(name, network, data, config, run, control=control, **more)
 
     # What all variants share.
@@ -1081,15 +1084,20 @@ def study_size(study, config):
     """How many networks one seed trains."""
     chains = [changes.get("models", config.models) for changes in study.variants.values()]
     students = sum(len(chain) - 1 for chain in chains)
-    return students + (2 if study.control else 1)
+    fine_tunes = sum("fix_resolution" in changes for changes in study.variants.values())
+    return students + fine_tunes + (2 if study.control else 1)
 
 
 def announce(generations, total):
     """Which of how many runs comes next, and the time left, by the mean of those that are done."""
     # Finished runs of an earlier, interrupted command count as done.
     seconds = [record["seconds"] for records in generations.values() for record in records]
-    left = np.mean(seconds) * (total - len(seconds)) if seconds else math.nan
-    print(f"run {len(seconds) + 1} of {total}, " + (f"{clock(left)} left" if seconds else "first"))
+    line = f"run {len(seconds) + 1} of {total}"
+    if seconds:
+        left = np.mean(seconds) * (total - len(seconds))
+        line += f", {clock(left)} left"
+    if world_of()[0] == 0:
+        print(line, flush=True)
 
 
 def study_table(study, generations):
@@ -2103,14 +2111,15 @@ def make_digits(n, seed):
     """Generated digits of house numbers: images, uint8 (n,3,32,32), and labels, int64 (n,).
     A smaller n gives the first of the same."""
     fields = digit_fields()
-    images = []
-    labels = []
+    images = torch.empty((n, 3, 32, 32), dtype=torch.uint8)  # fails at once if there is no room
+    labels = torch.empty(n, dtype=torch.int64)
     for first in range(0, n, BLOCK):
         rng = np.random.default_rng([seed, first])
         digits = rng.integers(0, 10, (BLOCK, 3))  # left, middle, right
-        images.append(draw_digits(digits, fields, rng))
-        labels.append(torch.from_numpy(digits[:, 1]))
-    return torch.cat(images)[:n], torch.cat(labels)[:n]
+        count = min(BLOCK, n - first)
+        images[first:first + count] = draw_digits(digits, fields, rng)[:count]
+        labels[first:first + count] = torch.from_numpy(digits[:count, 1])
+    return images, labels
 
 
 def digit_fields():
@@ -2287,9 +2296,13 @@ class Run:
         """The file of a generation's network."""
         return self.folder / (name.replace(" ", "_").replace("/", "-") + ".pt")
 
+    def has(self, name):
+        """Whether this generation is finished."""
+        return any(record["name"] == name for record in self.generations)
+
     def load(self, name, data, config):
         """The network of a finished generation, or None."""
-        if not any(record["name"] == name for record in self.generations):
+        if not self.has(name):
             return None
         expect(self.folder is not None, f"generation {name} was trained already")
         return load_model(self.path(name), data, config)
@@ -2882,6 +2895,7 @@ def parse_args(argv=None):
     expect(not unknown, explain_unknown(unknown))
     given = vars(namespace)
     if given.get("evaluate"):  # the configuration of the run that the network is from
+        expect(Path(given["evaluate"]).exists(), f"--evaluate {given['evaluate']} does not exist")
         given = saved_config(Path(given["evaluate"]).parent) | given
         return Config(**given)
     # A flag wins over the preset, and the preset over the default.
@@ -2999,7 +3013,7 @@ def dry_run(config):
             origin = "preset"
         elif value == f.default or f.name == "out":
             origin = "default"
-        print(textwrap.shorten(f"{f.name:<22} {show_value(value):<18} {origin:<8}", 100))
+        print(f"{f.name:<22} {show_value(value):<40} {origin}")
         print(textwrap.fill(f.metadata["source"], 96, initial_indent="    ",
                             subsequent_indent="    "))
 
@@ -3152,13 +3166,14 @@ def main(argv=None):
     except (RuntimeError, MemoryError) as error:  # PyTorch's own is a RuntimeError, too
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        message = "out of memory: lower --batch or --ratio, or choose smaller --models"
+        message = "out of memory: lower --batch, --ratio or --unlabeled, or choose smaller --models"
     except KeyboardInterrupt:
         status = 130
-        folder = config.out if config else None
-        message = f"stopped; go on with: python noisy_student.py --resume --out {folder}"
-        if config and config.study:
-            message += f" --study {config.study}, and the other flags as before"
+        message = "stopped"
+        if config and config.out and Path(config.out).exists():
+            message += f"; go on with: python noisy_student.py --resume --out {config.out}"
+            if config.study:
+                message += f" --study {config.study}, and the other flags as before"
     finally:
         if world_of()[1] > 1:
             dist.destroy_process_group()

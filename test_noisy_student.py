@@ -1958,12 +1958,15 @@ def test_dev_and_test_images_change_no_weight(plain_chain):
         assert same_state(a["result"].state_dict(), b["result"].state_dict())
 
 
-def test_the_control_is_the_reference_for_the_mistakes_of_all(plain_chain, monkeypatch):
+def test_what_is_measured_is_the_average_beside_the_control(plain_chain, monkeypatch):
     measured = watch(monkeypatch, "measure")
-    trained, _, _ = plain_chain()
+    trained, _, found = plain_chain()
     control = trained[0]["result"]
+    assert len(measured) == len(trained) == 3
+    for call, training in zip(measured, trained):
+        assert call["model"] is training["result"]
     assert all(call["control"] is control for call in measured[1:])
-    assert measured[0]["result"]["control_mistakes_error"] is None  # it has no control itself
+    assert found[0]["control_mistakes_error"] in (1.0, None)  # its own mistakes
 
 
 def no_report(model, data, config):
@@ -2958,7 +2961,7 @@ def chain_on_stripes(monkeypatch, seed, data):
 
 
 def test_a_student_is_better_than_its_teacher_and_a_wrong_teacher_makes_a_worse_one(monkeypatch):
-    """Of seeds tried, student < teacher - 0.06 and < control - 0.06, wrong > student + 0.2."""
+    """At five seeds student < teacher - 0.08, student < control - 0.06, wrong > student + 0.25."""
     control, teacher, student, wrong = chain_on_stripes(monkeypatch, 0, stripes_data(2))
     assert teacher < 0.25
     assert student < teacher - 0.03

@@ -202,6 +202,12 @@ def test_l2_counts_its_multiply_adds_at_475_pixels_and_shows_800(family_rows):
     assert row["published_multiply_adds"] is None
 
 
+def test_networks_below_b0_are_counted_with_the_strides_for_small_images(family_rows):
+    model = EfficientNet("medium", small_images=True).eval()
+    billions = efficientnet.count_multiply_adds(model, 32) / 1e9
+    assert family_rows["medium"]["multiply_adds"] == pytest.approx(billions, abs=0.0006)
+
+
 @pytest.mark.parametrize("name", ["nano", "b0", "b5"])
 def test_printed_coefficients_are_those_of_the_family(family_rows, name):
     row = family_rows[name]
@@ -4436,7 +4442,7 @@ def test_the_corruptions_are_ten_of_the_fifteen_files():
 
 
 def box_resized(values, size):
-    """values (length,width) -> (size,width), by Pillow's BOX filter, which weighs the distances > -0.5 and <= 0.5."""
+    """values (length,width) -> (size,width) by Pillow's BOX filter: distances > -0.5 and <= 0.5."""
     length = len(values)
     result = np.empty((size, values.shape[1]))
     scale = max(1, length / size)
@@ -4996,7 +5002,7 @@ def test_attacks_leave_the_model_and_the_images_alone(robust_victim, training):
     model, images, labels = robust_victim
     model.train(training)
     before = images.clone()
-    ns.pgd(model, images, labels, 4, random_start=True)
+    ns.pgd(model, images, labels, 4)
     assert model.training is training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(images, before)
@@ -5072,6 +5078,12 @@ def test_robustness_repeats_and_survives_json():
 def test_robustness_uses_evenly_spaced_images():
     report = robust_measured()[2]
     assert report["clean_error"] == pytest.approx(2 / 12)  # two of four mistakes in every other one
+
+
+def test_another_seed_draws_other_corruptions():
+    images, labels, report = robust_measured()
+    other = ns.robustness(robust_classifier, images, labels, **{**ROBUST_SETTINGS, "seed": 5})
+    assert other["corruption_errors"] != report["corruption_errors"]
 
 
 @pytest.mark.parametrize("num_images", [5, 7, 100])
@@ -5226,6 +5238,13 @@ def test_robustness_table_names_the_reference():
     assert "yours" not in "\n".join(notes)
 
 
+def test_robustness_table_compares_with_the_reference_named():
+    reports = {"mine": robust_report(0.2, 0.1), "yours": robust_report(0.15, 0.04)}
+    rows = ns.robustness_table(reports, reference="yours").splitlines()
+    yours = next(row for row in rows if row.split()[0] == "yours")
+    assert yours.split()[-2:] == ["100.0", "100.0"]
+
+
 def test_robustness_table_names_what_was_left_out():
     table = ns.robustness_table({"supervised": robust_report(0.2, 0.1)})
     assert "scale" in table
@@ -5313,7 +5332,7 @@ def test_cifar10_c_names_the_pictures_of_wrong_shape_or_type(tmp_path, shape, dt
 def test_cifar10_c_names_wrong_labels(tmp_path, wrong):
     write_robust_cifar10_c(tmp_path)
     np.save(tmp_path / "labels.npy", wrong)
-    with robust_refusal("labels.npy") as problem:
+    with robust_refusal(r"^\S*labels.npy") as problem:
         ns.load_cifar10_c(tmp_path)
     assert "\n" not in str(problem.value)
 

@@ -196,8 +196,9 @@ class Block(nn.Module):
         self.depthwise = Unit(
             expanded, expanded, stage.kernel, stride, groups=expanded, momentum=momentum
         )
-        self.squeeze = Conv(expanded, squeezed)
-        self.excite = Conv(squeezed, expanded)
+        # On 1x1 maps a 1x1 convolution is a linear layer, which is faster.
+        self.squeeze = nn.Linear(expanded, squeezed)
+        self.excite = nn.Linear(squeezed, expanded)
         self.project = Unit(expanded, filters, swish=False, momentum=momentum)
 
         self.skip = stride == 1 and channels == filters
@@ -207,9 +208,10 @@ class Block(nn.Module):
         y = self.depthwise(self.expand(x))  # (N,expanded,H/stride,W/stride)
 
         # Squeeze-and-excitation: a gate for every channel, from the means of all of them.
-        means = y.mean((2, 3), keepdim=True)  # (N,expanded,1,1)
-        hidden = F.silu(self.squeeze(means))  # (N,squeezed,1,1)
-        gate = torch.sigmoid(self.excite(hidden))  # (N,expanded,1,1)
+        means = y.mean((2, 3))  # (N,expanded)
+        hidden = F.silu(self.squeeze(means))  # (N,squeezed)
+        gate = torch.sigmoid(self.excite(hidden))  # (N,expanded)
+        gate = gate[:, :, None, None]
         y = y * gate if torch.is_grad_enabled() else y.mul_(gate)  # in place as in Unit
 
         y = self.project(y)  # (N,filters,H/stride,W/stride)
@@ -299,7 +301,7 @@ class EfficientNet(nn.Module):
 def initialise(model):
     """The official initialisers of an EfficientNet, in place.
 
-    convolution     N(0, 2 / fan_out), fan_out = k^2 * filters, and bias 0
+    convolution     N(0, 2 / fan_out), fan_out = k^2 * filters, and bias 0; squeeze, excite: k = 1
     depthwise       likewise, but fan_out = k^2: TensorFlow's kernel is (k,k,C,1), of one filter
     batch-norm      weight 1, bias 0 (what nn.BatchNorm2d starts from)
     classifier      U(-1 / sqrt(K), 1 / sqrt(K)), bias 0
@@ -308,9 +310,13 @@ def initialise(model):
         if isinstance(layer, nn.Conv2d):
             kernel_area = math.prod(layer.kernel_size)
             fan_out = kernel_area * layer.out_channels // layer.groups
-            nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Linear):
+            fan_out = layer.out_features
+        else:
+            continue
+        nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
     bound = 1 / math.sqrt(model.classifier.out_features)
     nn.init.uniform_(model.classifier.weight, -bound, bound)
@@ -360,10 +366,13 @@ def load_timm(model, state_dict):
                 faults.append(f"missing {timm_key}")
                 continue
             value = state_dict[timm_key]
-            if value.shape != own[key].shape:
-                wanted = tuple(own[key].shape)
+            wanted = tuple(own[key].shape)
+            if timm_module.endswith(("conv_reduce", "conv_expand")) and leaf == "weight":
+                wanted += (1, 1)  # a 1x1 convolution there, a linear layer here
+            if value.shape == wanted:
+                renamed[key] = value.reshape(own[key].shape)
+            else:
                 faults.append(f"{timm_key} has shape {tuple(value.shape)}, expected {wanted}")
-            renamed[key] = value
 
     for timm_key in state_dict:
         # The numbers of batches seen are in timm's files, but nothing uses them.

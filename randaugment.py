@@ -42,11 +42,13 @@ def expect(holds, message):
 
 def check_images(images):
     """Raise ValueError unless images is a torch.uint8 tensor of shape (N,3,H,W)."""
-    expected = "expected a torch.uint8 tensor of shape (N,3,H,W)"
-    expect(isinstance(images, torch.Tensor), f"images: found {type(images).__name__}, {expected}")
-
-    fits = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
-    expect(fits, f"images: found {images.dtype} of shape {tuple(images.shape)}, {expected}")
+    if not isinstance(images, torch.Tensor):
+        found = type(images).__name__
+    elif images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        found = f"{images.dtype} of shape {tuple(images.shape)}"
+    else:
+        return
+    raise ValueError(f"images: found {found}, expected a torch.uint8 tensor of shape (N,3,H,W)")
 
 
 def draw(high, images, generator):
@@ -203,9 +205,14 @@ def take_pixels(pixels, index):
 
 
 def transform(images, name, strength, sign):
-    """One geometric operation, in the direction that `sign` (N) gives for each image."""
+    """One geometric operation, in the direction that `sign`, 1 or -1, gives for (each of) N images."""
+    sign = torch.as_tensor(sign)
+    fits = sign.shape in ((), images.shape[:1]) and {*sign.view(-1).tolist()} <= {1, -1}
+    expect(fits, f"sign {sign.tolist()}: expected 1 or -1, or a tensor with one of them per image")
+
     both = source_index(name, strength, *images.shape[2:], images.device)       # (2,H,W)
-    negative = send((sign < 0).long(), images)                      # (N)
+    negative = (sign < 0).long().expand(len(images))                # (N)
+    negative = send(negative, images)
     index = both.index_select(0, negative)                          # (N,H,W)
 
     bordered = F.pad(images, (1, 1, 1, 1), value=FILL)              # (N,3,H+2,W+2)
@@ -290,10 +297,6 @@ def apply_op(images, name, level, sign=1, *, translate_const=100.0, cutout_const
     check_images(images)
     check_level(level)
     expect(name in OPS, f"operation {name!r}: expected one of {', '.join(OPS)}")
-
-    sign = torch.as_tensor(sign)
-    expect(sign.shape in ((), images.shape[:1]) and (sign.abs() == 1).all(),
-           f"sign {sign.tolist()}: expected 1 or -1, or a tensor with one of them per image")
     s = level / 10
 
     # The same at every level.
@@ -335,7 +338,7 @@ def apply_op(images, name, level, sign=1, *, translate_const=100.0, cutout_const
         strength = s * 0.3                              # pixels per pixel
     else:
         strength = s * translate_const                  # pixels
-    return transform(images, name, strength, sign.expand(len(images)))
+    return transform(images, name, strength, sign)
 
 
 # ---- RandAugment ------------------------------------------ (its paper's section 2; official code)

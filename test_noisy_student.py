@@ -337,8 +337,8 @@ def test_only_the_first_block_of_a_stage_halves():
 
 def test_squeeze_is_a_quarter_of_the_input_filters_of_the_block():
     block = effnet_on_meta("b0", 10).blocks[5]
-    assert block.squeeze.in_channels == 240
-    assert block.squeeze.out_channels == 10  # of the 40 that come in
+    assert block.squeeze.in_features == 240
+    assert block.squeeze.out_features == 10  # of the 40 that come in
 
 
 def test_default_network_is_b0_for_imagenet():

@@ -2463,7 +2463,10 @@ def load_model(path, data, config):
     expect(classes == data.num_classes, f"{path} knows {classes} classes, and the data have "
            f"{data.num_classes}: give the --dataset that it was trained on")
     model = build(saved["network"], data, config)
-    model.load_state_dict(saved["weights"])
+    try:
+        model.load_state_dict(saved["weights"])
+    except RuntimeError:
+        raise UserError(f"{path} holds another version of {model.name}: train it again") from None
     if saved["size"]:
         model = AtResolution(model, saved["size"])
     return model.eval().requires_grad_(False)

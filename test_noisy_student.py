@@ -3407,6 +3407,17 @@ def test_a_network_of_other_classes_is_refused(tmp_path):
         ns.load_model(path, data, small_config())
 
 
+def test_a_network_of_another_version_is_refused_by_name(tmp_path):
+    data = small_data()
+    path = tmp_path / "x.pt"
+    ns.save_model(path, ns.build("nano", data, small_config()), data)
+    content = torch.load(path, weights_only=True)
+    content["weights"]["blocks.0.squeeze.weight"] = torch.zeros(4, 16, 1, 1)
+    torch.save(content, path)
+    with pytest.raises(UserError, match="x.pt.*nano"):
+        ns.load_model(path, data, small_config())
+
+
 @pytest.mark.parametrize("content", ['{"config": ', "{}", "[]", ""])
 def test_damaged_results_are_one_line(tmp_path, capsys, content):
     (tmp_path / "results.json").write_text(content)

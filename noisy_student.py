@@ -2668,7 +2668,8 @@ def draw_run(figure, folder):
     for axes in figure.axes:
         axes.set_title("no data")
         axes.set_prop_cycle(color=COLORS)
-    figure.supxlabel("dev images: the teacher's label and confidence; below, what a student sees")
+    figure.supxlabel("dev images with the first teacher's label and confidence, red: wrong; below "
+                     "each, what a student would see")
 
     generations = read_results(folder)["generations"]
     error_panel(error, generations)
@@ -2694,7 +2695,8 @@ def error_panel(axes, generations):
         axes.barh(f"{record['name']}, {record['model']}: {record['test_error']:.1%}",
                   record["test_error"])
         axes.yaxis.set_inverted(True)  # the first on top
-        axes.set_title("share of errors on the test images")
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.set_title("error on the test images")
 
 
 def loss_panel(axes, path):
@@ -2729,21 +2731,26 @@ def calibration_panel(axes, confidence, right, config):
 
     # The filter has a lower limit, or two.
     axes.vlines(config.interval or config.threshold, 0, 1, "red", label="limit of the filter")
-    axes.set_title("the teacher on dev images, by its confidence")
-    axes.legend()
+    axes.set_ylim(0, 1.5)  # room for the legend
+    axes.set_xlabel("confidence")
+    axes.set_title("calibration of the first teacher, on dev images")
+    axes.legend(loc="upper left")
 
 
 def robustness_panel(axes, generations):
-    """Shares of errors: clean, mean over the corruptions, under FGSM by its epsilon, under PGD."""
+    """Errors: clean, mean over the corruptions, under FGSM and PGD by their epsilon."""
     for record in generations:
         report = record["robustness"]
         if report:
             errors = {"clean": report["clean_error"],
-                      "corrupted": np.mean(list(report["corruption_errors"].values())),
-                      **report["fgsm"], "PGD": report["pgd"]["error"]}
+                      "corrupted": np.mean(list(report["corruption_errors"].values()))}
+            for epsilon, error in report["fgsm"].items():
+                errors[f"FGSM {epsilon}"] = error
+            errors[f"PGD {report['pgd']['epsilon']}"] = report["pgd"]["error"]
             axes.plot(*zip(*errors.items()), "o",
                       label=f"{record['name']}, mCE {plus_minus(report['mce'], None)}")
-            axes.set_title("share of errors: clean, corrupted, FGSM by epsilon, PGD")
+            axes.yaxis.set_major_formatter("{x:.0%}")
+            axes.set_title("error: clean, mean over the corruptions, attacks with their epsilon")
             axes.legend()
 
 
@@ -2862,7 +2869,7 @@ def begin(config, data=None):
     if world_of()[0] == 0:
         print(f"{config.dataset}: {len(data.labels):,} labelled, {len(data.unlabeled_images):,} "
               f"unlabelled, {len(data.dev_labels):,} dev, {len(data.test_labels):,} test images; "
-              f"{' > '.join(config.models)} on {device}; {config.out or 'no files'}", flush=True)
+              f"{' -> '.join(config.models)} on {device}; {config.out or 'no files'}", flush=True)
     return config, data, run
 
 

@@ -1,8 +1,8 @@
 """EfficientNet B0-B7 (Tan & Le 2019, arXiv 1905.11946), L0-L2 (Noisy Student, arXiv 1911.04252v1).
 
 The network of Noisy Student Training, to be read beside table 1 of the first paper and table 7 of
-the second. Rooms, from top to bottom: the family, noise, layers, the network, its copy for
-evaluation, the published weights, the family as a table.
+the second's first version. Rooms, from top to bottom: the family, noise, layers, the network, its
+copy for evaluation, the published weights, the family as a table.
 
     python efficientnet.py      prints parameters and multiply-adds beside the published figures
 
@@ -81,9 +81,9 @@ def compound_scaling(phi):
     1 and 2; to a decimal and within 4 pixels). B4-B7 (3, 4, 5 and 6) were rounded by hand, always
     above it.
     """
-    depth = 1.2**phi
-    width = 1.1**phi
-    resolution = 1.15**phi
+    depth = 1.2**phi  # alpha^phi
+    width = 1.1**phi  # beta^phi
+    resolution = 1.15**phi  # gamma^phi
     return depth, width, resolution
 
 

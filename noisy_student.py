@@ -67,9 +67,8 @@ def expect(holds, message):
 def option(default, source, within=None, choices=None, action=False):
     """A field of Config, and so a flag of the command line.
 
-    source: what it is and where the paper or the official code states it: comment, --help and
-    --dry-run text at once. within: the interval of its values. action: it chooses what to do with
-    a run and is no part of what the run is."""
+    source: the help text, with where the value is stated in brackets. within: the interval of its
+    values. action: it chooses what to do with a run and is no part of what the run is."""
     metadata = dict(source=source, within=within, choices=choices, action=action)
     return field(default=default, metadata=metadata)
 
@@ -87,7 +86,8 @@ class Config:
     models: tuple[str, ...] = option(("nano", "micro", "tiny"),
                                      "the teacher, then its students [v1: b7 b7 l0 l1 l2 l2]")
     allow_smaller: bool = option(False, "allow students smaller than their teacher (distillation)")
-    seed: int = option(0, "everything random follows from it", within="[0, inf)")
+    seed: int = option(0, "choice of labelled images, initial weights, noise and order follow "
+                       "from it", within="[0, inf)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     out: str | None = option("auto", "output folder (auto: runs/..., named by the run; none: no "
                              "files)")
@@ -115,10 +115,11 @@ class Config:
                         within="[1, inf)")
     teacher_steps: int | None = option(None, "steps of the teacher (none: as --steps)",
                                        within="[1, inf)")
-    learning_rate: float = option(0.128, "peak, per 256 labelled images; ours is eight times the "
-                                  "paper's [v4: 0.016, that is 0.128 at 2048]", within="(0, inf)")
-    epochs: float = option(350.0, "epochs that --steps stand for in the schedule [v4: 350, or 700 "
-                           "up to B4; code, SVHN: 202.33]", within="(0, inf)")
+    learning_rate: float = option(0.128, "peak, per 256 labelled images [v4: 0.016 per 256, which "
+                                  "is its 0.128 per 2048]", within="(0, inf)")
+    epochs: float = option(350.0, "nominal epochs that --steps stand for in the schedule, whatever "
+                           "the number of images [v4: 350, for small networks 700; code, SVHN: "
+                           "202.33]", within="(0, inf)")
     warmup_epochs: float = option(150.0, "epochs of linear warm-up [code: 5]", within="[0, inf)")
     decay_epochs: float = option(4.8, "epochs between falls of the rate by 3% [v4: 2.4 of 350, 4.8 "
                                  "of 700]", within="(0, inf)")
@@ -151,7 +152,8 @@ class Config:
     dropout: float | None = option(None, "drop rate before the last layer (none: the network's "
                                    "own) [v4: 0.5]", within="[0, 1)")
     survival: float = option(0.8, "stochastic depth: block i of N, from 0, survives with "
-                             "1 - (1 - this) i/N [v4: 0.8; code: i/N]", within="(0, 1]")
+                             "1 - (1 - this) i/N [code], so the last one a little more often than "
+                             "so [v4: 0.8 there]", within="(0, 1]")
     unlabeled_augment: bool = option(True, "input noise on the unlabelled images [v4, table 6]")
     unlabeled_model_noise: bool = option(True, "dropout and stochastic depth on the unlabelled "
                                          "images [v4, table 6]")
@@ -243,12 +245,15 @@ def check_chain(config):
 # The official run of the student on SVHN [code]; the teacher's own recipe is published nowhere.
 # The online run neither filters nor balances; the offline one has threshold 0.3, balance and
 # per_class 53,113. decay_epochs solves 0.016 to 0.0002 (per 256 images) in 202.33 - 5 epochs; as
-# the staircase counts from step 0, the rate ends at 0.00018. What is not here is as in Config
-# (dropout, survival, smoothing, constants 4, T = 1); mean, deviation and "no flip" are in DATASETS.
-# The official files have passed through JPEG at quality 100: left out.
+# the staircase counts from step 0, the rate ends at 0.00018. The peak is 0.016 * 128/256 = 0.008,
+# the warm-up int(5 * 69257 / 128) = 2,705 steps. What is not here is as in Config (2 operations,
+# survival 0.8, smoothing 0.1, constants 4, T = 1) or FAMILY (B0's dropout 0.2); SVHN_MEAN, SVHN_STD
+# and "no flip" are in DATASETS. The official scripts run in float32 (amp=False), on files that have
+# passed through JPEG at quality 100: left out.
 SVHN_RECIPE = dict(
     labels=None, dev=4000, test=None, unlabeled=None, extra=True,
-    models=("b0", "b0"), batch=128, ratio=5, steps=109474, epochs=109474 * 128 / 69257,
+    models=("b0", "b0"), batch=128, ratio=5, steps=109474,
+    epochs=109474 * 128 / 69257,  # 202.33 passes over 73,257 - 4,000 images
     learning_rate=0.016, warmup_epochs=5, decay_epochs=1.371619, weight_decay=1e-4,
     ema=0.9999, bn_momentum=0.01, loss="ratio", amp=False,
     magnitude=5.0, cutout=8, crop=4, threshold=0.0, balance=False)
@@ -261,8 +266,8 @@ def noisy_student(config, data=None):
 
     config: Config. data: your own (Data.from_arrays), or None for the set that config names.
     Returns {"config": {...}, "generations": [{"name", "model", "dev_error", "test_error", ...}]},
-    which is also OUT/results.json. The dev set is for choosing; the test set is read once per
-    generation, at its end."""
+    which is also OUT/results.json ("model" is the network's name). The dev set is for choosing; the
+    test set is measured once per generation, at its end."""
     config, data, run = begin(config, data)
     networks = config.models
     last = f"student {len(networks) - 1}"
@@ -295,8 +300,8 @@ def train_generation(name, network, data, config, run, *, teacher=None, control=
     """Train one network of the chain, measure it and save it -> the averaged network.
 
     name: of the generation. network: of FAMILY. teacher: labels the unlabelled images; None: only
-    labelled ones are used. control: the network on whose mistakes this one is measured, too. key:
-    seeds initial weights and noise (default: name). steps: default config.steps."""
+    labelled ones are used. control: its mistakes are a test set, too (measure). key: seeds initial
+    weights, noise and order (default: name). steps: default config.steps."""
     key = key or name
     model = run.load(name, data, config)
     if model is not None:  # an interrupted run got as far as this
@@ -327,8 +332,8 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", progress=None
 
     model: any nn.Module from float (N,3,H,W), normalised, to logits (N,K); trained in place. Only
     unlabeled_model_noise=False asks more of it: forward(x, noised), with dropout and stochastic
-    depth on the first `noised` rows alone. Batch-norm is any nn.BatchNorm.
-    pseudo: Pseudo. steps: default config.steps. key: seeds the noise. progress: a Progress.
+    depth on the first `noised` rows alone. Batch-norm is any of BATCH_NORMS.
+    pseudo: Pseudo. steps: default config.steps. key: seeds noise and order. progress: a Progress.
     Returns the moving average of the weights, a network in evaluation mode (EMA.model).
     UserError when the loss is not finite."""
     steps = steps or config.steps
@@ -350,7 +355,8 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", progress=None
     model.train()
 
     for step in range(first, steps):
-        # Every draw follows from (seed, key, step), so a resumed run needs no random state.
+        # Every draw follows from (seed, key, step) and the process's rank, so a resumed run needs
+        # no random state.
         torch.manual_seed(seed_of(config.seed, key, step, world_of()[0]))
 
         # The rate.
@@ -363,8 +369,8 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", progress=None
         # from the seed alone: the control sees the same.
         batch_l, batch_u = batch_sizes(config, pseudo, step / steps)
         rows_l = batch_rows(len(data.labels), batch_l, step, config.seed, "labelled")
-        picks = batch_rows(len(pseudo.rows), batch_u, step, config.seed, key)
-        rows_u = pseudo.rows[picks]
+        picks = batch_rows(len(pseudo.rows), batch_u, step, config.seed, key)  # of balanced rows
+        rows_u = pseudo.rows[picks]  # which images these are
         images_l = gather(data.labeled_images, rows_l, device)  # (B,3,H,W)
         images_u = gather(data.unlabeled_images, rows_u, device)  # (U,3,H,W)
         target_l = gather(targets, rows_l, device)  # (B,K)
@@ -422,11 +428,12 @@ def train_step(forward, optimizer, images_l, target_l, images_u, target_u, data,
 
 
 def loss_weights(name, r):
-    """Weights of L, the mean over labelled images, and of U, the mean over unlabelled ones.
+    """Weights of the mean loss over labelled images and of that over unlabelled ones.
 
     r: unlabelled images per labelled one. The paper and its code disagree. Our default is
-    `average`: it keeps the loss of teacher, control and student on one scale; with RMSProp's
-    epsilon of 0.001 inside the root, the scale of the loss acts like a learning rate."""
+    `average`: it keeps the loss of teacher, control and student on one scale. That matters, as
+    where gradients are far below the root of RMSProp's epsilon, 0.03, dividing by the root does not
+    cancel their scale: it acts like a learning rate."""
     if name == "sum":  # Algorithm 1
         return 1.0, 1.0
     if name == "average":  # the paper's text: one mean over the concatenated batch
@@ -437,7 +444,8 @@ def loss_weights(name, r):
 
 
 def learning_rate(step, base_lr, steps_per_epoch, warmup_epochs=5, decay_epochs=2.4, decay=0.97):
-    """Linear warm-up to base_lr, then a staircase ([v4]; [code]).
+    """Linear warm-up to base_lr, in whole steps [code], then a staircase: the rate and its fall by
+    3% are the paper's [v4], that it falls in steps is in the code.
 
     The staircase counts from step 0, not from the end of the warm-up: after a long warm-up the rate
     falls at once to where the staircase has got by then."""
@@ -529,7 +537,8 @@ class EMA:
 def float_state(model):
     """All floating-point tensors of a network's state: weights and batch-norm statistics.
 
-    What is left out is batch-norm's count of batches, an integer that nothing uses."""
+    They share memory with the network: who changes them changes it. What is left out is
+    batch-norm's count of batches, an integer that nothing uses."""
     return [value for value in model.state_dict().values() if value.is_floating_point()]
 
 
@@ -573,8 +582,8 @@ def batch_sizes(config, pseudo, done):
 def batch_rows(n, batch, step, *key):
     """Row numbers of batch number `step` in endless passes over n rows, each pass in a new order.
 
-    With n = 5 and batch = 4, number 1 is the last row of pass 0 and the first three of pass 1. Of a
-    run on several processes, this process's share of them."""
+    With n = 5 and batch = 4, number 1 is the last row of pass 0 and the first three of pass 1. On
+    several processes: only this one's share."""
     if batch == 0:
         return torch.arange(0)
     start = step * batch
@@ -582,7 +591,8 @@ def batch_rows(n, batch, step, *key):
     first_pass = start // n
     last_pass = (end - 1) // n
     orders = [pass_order(n, *key, p) for p in range(first_pass, last_pass + 1)]
-    rows = torch.cat(orders)[start - first_pass * n:end - first_pass * n]  # (batch,)
+    skipped = first_pass * n
+    rows = torch.cat(orders)[start - skipped:end - skipped]  # (batch,)
     rank, world = world_of()
     return rows[rank::world]
 
@@ -632,8 +642,10 @@ def build(network, data, config, key=""):
 
 @dataclass
 class Pseudo:
-    """What the student learns from the unlabelled images."""
-    rows: torch.Tensor  # int64 (M',): rows of data.unlabeled_images to train on, copies included
+    """What the student learns from the M unlabelled images.
+
+    One object for a whole training, so that the checkpoint saves what it has `become`."""
+    rows: torch.Tensor  # int64, any number: rows of unlabeled_images to train on, with copies
     targets: torch.Tensor  # float32 (M,K): the target of every unlabelled image
     kept: int  # how many images passed the filter
 
@@ -669,7 +681,7 @@ def pseudo_label(teacher, images, data, config, *, key="", batch=1000):
 
     device = next(model.parameters()).device
     pixels = images.shape[2] * images.shape[3]
-    batch = max(1, batch * 1024 // pixels)
+    batch = max(1, batch * 1024 // pixels)  # as many pixels as that many 32x32 images
     probabilities = torch.zeros(len(images), data.num_classes)  # (M,K)
     for start in range(0, len(images), batch):
         rows = torch.arange(start, min(start + batch, len(images)))
@@ -714,7 +726,7 @@ def keep_confident(probabilities, threshold, below=math.inf):
 
 def filter_and_balance(probabilities, threshold, per_class, generator=None, *, balance=True,
                        below=math.inf):
-    """Rows to train on, int64 (M',), copies included, from probabilities (M,K) [v4].
+    """Rows to train on, int64, any number, copies included, from probabilities (M,K) [v4].
 
     Of the images that keep_confident keeps, takes each predicted class's `per_class` most confident
     (paper: 130K; None: the mean number kept, ours); a class with fewer is duplicated at random, so
@@ -747,14 +759,15 @@ def filter_and_balance(probabilities, threshold, per_class, generator=None, *, b
 def make_pseudo(teacher, data, config, key=""):
     """Step 2 of Algorithm 1: label, filter and balance the unlabelled images -> Pseudo.
 
-    key: names the student and seeds the balancing. UserError if less than a batch is left."""
+    key: names the student and seeds the balancing and a noisy teacher's noise. The filter looks at
+    confidence before the temperature. UserError if less than a batch is left."""
     warn_near_chance(teacher, data, config, key)
     probabilities = pseudo_label(teacher, data.unlabeled_images, data, config, key=key)  # (M,K)
 
     low, high = config.interval or (config.threshold, 1.0)
-    below = math.inf if high == 1 else high  # HIGH is left out, but a confidence of 1 is not
+    below = math.inf if high == 1 else high  # half-open, but HIGH = 1 includes 1
     generator = torch.Generator().manual_seed(seed_of(config.seed, key, "balance"))
-    kept = keep_confident(probabilities, low, below)
+    kept = keep_confident(probabilities, low, below)  # to be counted
     rows = filter_and_balance(probabilities, low, config.per_class, generator,
                               balance=config.balance, below=below)
     check_what_is_left(probabilities, kept, rows, config, key)
@@ -804,7 +817,9 @@ def check_what_is_left(probabilities, kept, rows, config, key):
 # ---- Fix-resolution fine-tune -------------------------------------------------------- [v4; code]
 
 class AtResolution(nn.Module):
-    """A network that first resizes its images to `size` pixels (bicubic, as officially)."""
+    """A network that first resizes its images to `size` pixels, by bicubic interpolation.
+
+    Ours: it enlarges what it is given, where the paper has larger crops of the original images."""
 
     def __init__(self, model, size):
         super().__init__()
@@ -817,14 +832,14 @@ class AtResolution(nn.Module):
 
 
 def fine_tune_resolution(model, data, config, size, *, epochs=1.5):
-    """A copy of an EfficientNet trained on at a larger `size` (pixels) -> AtResolution, averaged.
+    """Train a copy of an EfficientNet on, at a larger `size` in pixels -> AtResolution, averaged.
 
     1.5 epochs on un-augmented labelled images [v4], the shallow layers frozen and their batch-norm
     in evaluation mode [code: fix_layer_num, whose value is not published; the stem and the first
     half of the blocks are ours]. The rate is the tail of the main schedule, without a warm-up
     [code: train_last_step_num]: about 0.012 of the peak for the official schedule, 0.11 for the
     demo's. Dropout and stochastic depth stay on in the layers that learn."""
-    tuned = AtResolution(copy.deepcopy(model).requires_grad_(True), size)
+    tuned = AtResolution(copy.deepcopy(model).requires_grad_(True), size)  # averages are frozen
     blocks = tuned.model.blocks
     shallow = [tuned.model.stem, *blocks[:len(blocks) // 2]]
     for module in shallow:
@@ -842,6 +857,7 @@ def fine_tune_resolution(model, data, config, size, *, epochs=1.5):
 
     for step in range(steps):
         torch.manual_seed(seed_of(config.seed, "fix resolution", step, world_of()[0]))
+        # As if these were the last steps of the main run.
         main_step = max(0, config.steps - steps + step)
         lr = learning_rate(main_step, base_lr, config.steps / config.epochs, config.warmup_epochs,
                            config.decay_epochs)
@@ -1000,7 +1016,7 @@ STUDIES = {
         {"average": {}, "sum": dict(loss="sum"), "ratio": dict(loss="ratio")}, {}, "not reported",
         base=dict(ratio=3)),
 
-    # 40 pixels on 32, as the paper's 800 on 475.
+    # 40 pixels on 32 (the paper: 800 on 475).
     "fix-resolution": Study(
         "train-test resolution [v4]", "Does a fine-tune at a larger size help?",
         {"as trained": {}, "fine-tuned": dict(fix_resolution=40)}, {},
@@ -1205,7 +1221,7 @@ CORRUPTIONS = {
     "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),         # factor of the side
 }
 
-# The other five of the fifteen need image files or libraries: here they come from the files only.
+# The other five of the fifteen (two of them need image files) come from CIFAR-10-C's files only.
 CIFAR10_C = (*CORRUPTIONS, "glass_blur", "snow", "frost", "elastic_transform", "jpeg_compression")
 
 # Kinds from ImageNet-P, without motion_blur and spatter; the growth from frame to frame is ours.
@@ -2235,8 +2251,8 @@ def enlarged(x):
 
 
 # What is known of each data set. The presets are changes of Config's defaults: those of the demo
-# are ours, chosen on dev; those of the paper are the official run on SVHN, with the sizes of the
-# other data sets in place of SVHN's.
+# are ours, chosen on dev; those of the paper are the official run on SVHN, on CIFAR with as many
+# labels as in its demo.
 ALL = dict(test=None, unlabeled=None)
 DEMO = ALL | dict(labels=4000, dev=2000, models=("tiny", "tiny", "tiny"), batch=16, steps=10000,
                   ratio=2)

@@ -205,7 +205,7 @@ def take_pixels(pixels, index):
 
 
 def transform(images, name, strength, sign):
-    """One geometric operation, in the direction that `sign`, 1 or -1, gives for (each of) N images."""
+    """One geometric operation, in the direction of `sign`: 1 or -1, or one of them per image."""
     sign = torch.as_tensor(sign)
     fits = sign.shape in ((), images.shape[:1]) and {*sign.view(-1).tolist()} <= {1, -1}
     expect(fits, f"sign {sign.tolist()}: expected 1 or -1, or a tensor with one of them per image")
@@ -308,7 +308,7 @@ def apply_op(images, name, level, sign=1, *, translate_const=100.0, cutout_const
         return 255 - images
 
     # Keep the highest bits. Up to level 20 Posterize gets *weaker*: 3 bits at level 9, all 8 at 20.
-    # Outside 1 to 8 bits, below level 2.5 and from 22.5 on, the official uint8 wraps: 1 bit stays.
+    # Outside 1 to 8 bits, below level 2.5 and from 22.5 on, the official shift ends at 7: 1 bit.
     elif name == "Posterize":
         bits = int(s * 4)
         shift = 8 - bits if 1 <= bits <= 8 else 7

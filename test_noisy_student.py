@@ -43,7 +43,7 @@ from noisy_student import Config, UserError
 from randaugment import OPS, SIGNED, RandAugment, apply_op, cutout, random_crop, random_flip
 
 
-# ==== The network ===================================================================================
+# ==== The network =================================================================================
 
 def effnet_difference(values, expected):
     """The largest absolute difference, relative to the largest expected value."""
@@ -898,7 +898,7 @@ def test_any_other_module_becomes_a_frozen_copy_in_evaluation():
     assert torch.equal(frozen(x), model.eval()(x))
 
 
-# ==== Input noise ===================================================================================
+# ==== Input noise =================================================================================
 
 RA_UNSIGNED = [name for name in OPS if name not in SIGNED]
 RA_BLENDS = ("Color", "Contrast", "Brightness", "Sharpness")
@@ -977,7 +977,7 @@ def ra_inputs():
 
 
 def ra_images(n=4, height=17, width=23):
-    """Images of every value, of few values (flat areas, ties), sorted, and with one flat channel."""
+    """Images of every value, of few values (flat areas, ties), sorted, with one flat channel."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=generator)
     images[1::4] = images[1::4] // 64 * 13 + 90
@@ -1619,7 +1619,7 @@ def test_unwritable_picture_is_one_line(tmp_path, capsys):
     assert "file" in error and error.count("\n") == 1
 
 
-# ==== The method ====================================================================================
+# ==== The method ==================================================================================
 
 # Images are tagged: every pixel of image number t is t. Whatever a network sees un-noised tells
 # which image it is.
@@ -2975,7 +2975,7 @@ def test_a_student_is_better_than_its_teacher_and_a_wrong_teacher_makes_a_worse_
     assert wrong > student + 0.1
 
 
-# ==== Studies, files, command line ==================================================================
+# ==== Studies, files, command line ================================================================
 
 HOME = Path(ns.__file__).parent
 ALONE = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HOME))  # of a process of its own
@@ -4323,7 +4323,7 @@ def test_the_example_in_the_readme_runs_as_it_stands(tmp_path, monkeypatch, caps
     assert not list(tmp_path.iterdir())
 
 
-# ==== Robustness ====================================================================================
+# ==== Robustness ==================================================================================
 
 # Every 97th value of the corrupted robust_pattern, severities 1-5, recorded from the definitions of
 # CIFAR-10-C run with OpenCV 5 (defocus), SciPy 1.17 (zoom), scikit-image (brightness), NumPy
@@ -5405,7 +5405,7 @@ def test_robustness_on_a_gpu(tmp_path):
     assert report["corruption_errors"].keys() == ns.CORRUPTIONS.keys()
 
 
-# ==== Data ==========================================================================================
+# ==== Data ========================================================================================
 
 @dataclass
 class DataConfig:
@@ -6483,7 +6483,7 @@ def test_large_sets_stay_where_they_are():
     assert data.labels.device.type == "cpu"
 
 
-# ==== Pictures ======================================================================================
+# ==== Pictures ====================================================================================
 
 # PREAMBLE
 

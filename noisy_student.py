@@ -77,8 +77,8 @@ def option(default, source, within=None, choices=None, action=False):
 class Config:
     """One run. The defaults are the demo on digits, chosen on its dev set.
 
-    Every field is a flag: --steps N, --balance / --no-balance, ... On the command line `none` and
-    `all` mean None; each such field says what that does. UserError for a value out of its range."""
+    Every field is a flag: --steps N, --balance / --no-balance, ... On the command line `none` or
+    `all` stand for None where the help says so. UserError for a value out of its range."""
     # What runs
     preset: str = option("demo", "demo: sized for a laptop; paper: the official recipe",
                          choices=("demo", "paper"))
@@ -2573,10 +2573,10 @@ class Progress:
 
         # The time left, at the speed so far.
         left = entry["seconds"] / entry["step"] * (self.steps - entry["step"])
-        losses = f"L {entry['loss_labeled']:.3f}"
+        losses = f"L_lab {entry['loss_labeled']:.3f}"
         if entry["loss_unlabeled"]:
-            losses += f"  U {entry['loss_unlabeled']:.3f}"
-        line = (f"{self.name:<12} step {entry['step']:>6}/{self.steps}  {losses:<16}  "
+            losses += f"  L_unl {entry['loss_unlabeled']:.3f}"
+        line = (f"{self.name:<12} step {entry['step']:>6}/{self.steps}  {losses:<24}  "
                 f"{entry['images_per_second']:>6} img/s  {clock(left)} left")
         print(line, end="\033[K\r" if terminal and not done else "\n", flush=True)
         self.printed = now

@@ -4170,7 +4170,10 @@ def test_the_main_study_has_all_students_and_their_robustness(study):
     study.run("main", seeds=1, models=("nano", "micro", "tiny"), robustness=True)
     assert [call.name for call in study.calls] == [
         "supervised", "teacher", "chain, student 1", "chain, student 2"]
-    assert study.calls[0].network == "tiny" and study.calls[0].config.robustness
+    control = study.calls[0]
+    last = study.calls[-1]
+    assert control.config.robustness
+    assert (control.network, control.key) == (last.network, last.key) == ("tiny", "student 2")
 
 
 def test_a_variant_with_other_data_gets_them(study):

@@ -152,8 +152,8 @@ class Config:
     dropout: float | None = option(None, "drop rate before the last layer (none: the network's "
                                    "own) [v4: 0.5]", within="[0, 1)")
     survival: float = option(0.8, "stochastic depth: block i of N, from 0, survives with "
-                             "1 - (1 - this) i/N [code], so the last one a little more often than "
-                             "so [v4: 0.8 there]", within="(0, 1]")
+                             "1 - (1 - this) i/N [code], which does not quite reach it [v4: 0.8 at "
+                             "the last block]", within="(0, 1]")
     unlabeled_augment: bool = option(True, "input noise on the unlabelled images [v4, table 6]")
     unlabeled_model_noise: bool = option(True, "dropout and stochastic depth on the unlabelled "
                                          "images [v4, table 6]")
@@ -819,7 +819,7 @@ def check_what_is_left(probabilities, kept, rows, config, key):
 class AtResolution(nn.Module):
     """A network that first resizes its images to `size` pixels, by bicubic interpolation.
 
-    Ours: it enlarges what it is given, where the paper has larger crops of the original images."""
+    Ours: it enlarges what it is given, where the official code resizes the original image."""
 
     def __init__(self, model, size):
         super().__init__()
@@ -1635,18 +1635,23 @@ def zeros(values):
     return [name for name in values if not np.any(values[name])]
 
 
+def errors_by_name(report):
+    """The errors of what robustness() returned: clean, mean over the corruptions, every attack."""
+    corrupted = np.mean(list(report["corruption_errors"].values()))
+    errors = {"clean": report["clean_error"], "corrupted": corrupted}
+    for epsilon, error in report["fgsm"].items():
+        errors[f"FGSM {epsilon}"] = error
+    attack = "PGD-{steps}, {epsilon}".format(**report["pgd"])
+    errors[attack] = report["pgd"]["error"]
+    return errors
+
+
 def robustness_table(reports, reference="supervised"):
     """reports: model -> what robustness() returned; reference: one of these models. -> text."""
     base = reports[reference]
     rows = []
     for model, report in reports.items():
-        corrupted = np.mean(list(report["corruption_errors"].values()))
-        errors = {"clean": report["clean_error"], "corrupted": corrupted}
-        for epsilon, error in report["fgsm"].items():
-            errors[f"FGSM {epsilon}"] = error
-        attack = "PGD-{steps}, {epsilon}".format(**report["pgd"])
-        errors[attack] = report["pgd"]["error"]
-
+        errors = errors_by_name(report)
         row = [f"{100 * error:.1f}" for error in errors.values()]
         for mean in relative_robustness(report, base).values():
             row.append("-" if mean is None else f"{mean:.1f}")
@@ -2251,7 +2256,8 @@ def enlarged(x):
 
 
 # What is known of each data set. The presets are changes of Config's defaults: those of the demo
-# are ours, chosen on dev; those of the paper are the official run on SVHN, on CIFAR with as many
+# are ours: that of digits is chosen on dev, that of CIFAR-10 on dev of one seed, part by part, and
+# the others by analogy. Those of the paper are the official run on SVHN, on CIFAR with as many
 # labels as in its demo.
 ALL = dict(test=None, unlabeled=None)
 DEMO = ALL | dict(labels=4000, dev=2000, models=("tiny", "tiny", "tiny"), batch=16, steps=10000,
@@ -2758,12 +2764,7 @@ def robustness_panel(axes, generations):
     for record in generations:
         report = record["robustness"]
         if report:
-            errors = {"clean": report["clean_error"],
-                      "corrupted": np.mean(list(report["corruption_errors"].values()))}
-            for epsilon, error in report["fgsm"].items():
-                errors[f"FGSM {epsilon}"] = error
-            errors[f"PGD {report['pgd']['epsilon']}"] = report["pgd"]["error"]
-            axes.plot(*zip(*errors.items()), "o",
+            axes.plot(*zip(*errors_by_name(report).items()), "o",
                       label=f"{record['name']}, mCE {plus_minus(report['mce'], None)}")
             axes.yaxis.set_major_formatter("{x:.0%}")
             axes.set_title("error: clean, mean over the corruptions, attacks with their epsilon")

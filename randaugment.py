@@ -207,8 +207,10 @@ def take_pixels(pixels, index):
 def transform(images, name, strength, sign):
     """One geometric operation, in the direction of `sign`: 1 or -1, or one of them per image."""
     sign = torch.as_tensor(sign)
-    fits = sign.shape in ((), images.shape[:1]) and {*sign.view(-1).tolist()} <= {1, -1}
-    expect(fits, f"sign {sign.tolist()}: expected 1 or -1, or a tensor with one of them per image")
+    one_each = sign.shape in ((), images.shape[:1])
+    units = set(sign.flatten().tolist()) <= {1, -1}
+    expect(one_each and units,
+           f"sign {sign.tolist()}: expected 1 or -1, or a tensor with one of them per image")
 
     both = source_index(name, strength, *images.shape[2:], images.device)       # (2,H,W)
     negative = (sign < 0).long().expand(len(images))                # (N)
@@ -289,7 +291,7 @@ def apply_op(images, name, level, sign=1, *, translate_const=100.0, cutout_const
     """One operation of OPS on every image: uint8 (N,3,H,W) -> a new tensor alike.
 
     level: the magnitude M; not clipped at 10, the paper uses 27. Level 0 is not 'off'.
-    sign: 1, -1 or a tensor (N) of them: the direction of the SIGNED operations.
+    sign: 1, -1 or a tensor (N) of them: the direction of the SIGNED operations; others ignore it.
     translate_const, cutout_const: pixels at level 10; official 100 and 40, at 32×32 4 and 4.
     generator: a CPU torch.Generator for Cutout's centres; None is torch's global one.
     ValueError: wrong dtype, shape, name, level or sign.

@@ -6488,19 +6488,6 @@ def test_large_sets_stay_where_they_are():
 
 # ==== Pictures ====================================================================================
 
-# PREAMBLE
-
-
-sys.path.insert(0, "/work/main")
-
-ROOM = "/tmp/parts/06_plot.py"
-source = re.sub(r"(?s).*# END PREAMBLE\n", "", Path(ROOM).read_text())
-exec(compile(source, ROOM, "exec"), vars(ns))
-# END PREAMBLE
-
-
-# ==== Pictures ====================================================================================
-
 def empty_axes():
     """A panel as draw_run hands it out; the test is skipped where matplotlib is missing."""
     figure = pytest.importorskip("matplotlib.figure").Figure()
@@ -6668,7 +6655,7 @@ def test_robustness_shows_clean_mean_corrupted_and_attacked_errors():
     axes = empty_axes()
     ns.robustness_panel(axes, [generation("teacher", robustness=report(clean=0.1))])
     x, y = axes.lines[0].get_data()
-    assert list(x) == ["clean", "corrupted", "2", "8", "PGD"]
+    assert list(x) == ["clean", "corrupted", "FGSM 2", "FGSM 8", "PGD-10, 2"]
     np.testing.assert_allclose(y, [0.1, 0.3, 0.5, 0.7, 0.6])
 
 

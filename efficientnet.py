@@ -148,12 +148,21 @@ class Conv(nn.Conv2d):
         super().__init__(channels, filters, kernel, stride, padding, groups=groups, bias=bias)
 
     def forward(self, x):
+        kernel = self.kernel_size[0]
         stride = self.stride[0]
+        padding = self.padding[0]
+        height, width = x.shape[2:]
         if stride > 1:
-            top, bottom = same_padding(x.shape[2], self.kernel_size[0], stride)
-            left, right = same_padding(x.shape[3], self.kernel_size[1], stride)
+            top, bottom = same_padding(height, kernel, stride)
+            left, right = same_padding(width, kernel, stride)
             x = F.pad(x, (left, right, top, bottom))
-        return super().forward(x)
+        elif self.training and min(height, width) < kernel:
+            # The same zeros, but some are made part of the map: on a CPU the gradient of a kernel
+            # that is larger than its map is several times slower.
+            ahead = (kernel - min(height, width) + 1) // 2
+            x = F.pad(x, (ahead, ahead, ahead, ahead))
+            padding -= ahead
+        return F.conv2d(x, self.weight, self.bias, stride, padding, groups=self.groups)
 
 
 def same_padding(size, kernel, stride):
@@ -182,6 +191,11 @@ class Unit(nn.Module):
         return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
+def spatial_mean(x):
+    """(N,C,H,W) -> (N,C). In training faster than x.mean, whose gradient fills a map first."""
+    return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
+
+
 class Block(nn.Module):
     """MBConv with squeeze-and-excitation: (N,channels,H,W) -> (N,filters,H/stride,W/stride)."""
 
@@ -208,7 +222,7 @@ class Block(nn.Module):
         y = self.depthwise(self.expand(x))  # (N,expanded,H/stride,W/stride)
 
         # Squeeze-and-excitation: a gate for every channel, from the means of all of them.
-        means = y.mean((2, 3))  # (N,expanded)
+        means = spatial_mean(y)  # (N,expanded)
         hidden = F.silu(self.squeeze(means))  # (N,squeezed)
         gate = torch.sigmoid(self.excite(hidden))  # (N,expanded)
         gate = gate[:, :, None, None]
@@ -287,7 +301,7 @@ class EfficientNet(nn.Module):
         x = self.stem(x)  # (N,C,H/2,W/2)
         for block in self.blocks:
             x = block(x, noised)  # in the end (N,C,H/32,W/32); small_images: H/8, W/8
-        x = self.head(x).mean((2, 3))  # (N,C)
+        x = spatial_mean(self.head(x))  # (N,C)
         x = keep_randomly(x, x.shape, 1 - self.dropout, self.training, noised)
         return self.classifier(x)  # (N,K)
 

@@ -120,7 +120,7 @@ class Config:
     epochs: float = option(350.0, "nominal epochs that --steps stand for in the schedule, whatever "
                            "the number of images [v4: 350, for small networks 700; code, SVHN: "
                            "202.33]", within="(0, inf)")
-    warmup_epochs: float = option(150.0, "epochs of linear warm-up [code: 5]", within="[0, inf)")
+    warmup_epochs: float = option(300.0, "epochs of linear warm-up [code: 5]", within="[0, inf)")
     decay_epochs: float = option(4.8, "epochs between falls of the rate by 3% [v4: 2.4 of 350, 4.8 "
                                  "of 700]", within="(0, inf)")
     weight_decay: float = option(1e-5, "L2 term on all but batch-norm [code: 1e-5; SVHN: 1e-4]",
@@ -2261,7 +2261,7 @@ def enlarged(x):
 # labels as in its demo.
 ALL = dict(test=None, unlabeled=None)
 DEMO = ALL | dict(labels=4000, dev=2000, models=("tiny", "tiny", "tiny"), batch=16, steps=10000,
-                  ratio=2)
+                  ratio=2, warmup_epochs=150)
 CIFAR = DEMO | dict(num_ops=1, temperature=0.5)
 PAPER = SVHN_RECIPE | dict(labels=4000, dev=5000, extra=False)  # ours: CIFAR has no extra images
 HUNDRED = dict(labels=10000)

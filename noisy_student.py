@@ -2746,6 +2746,7 @@ def calibration_panel(axes, confidence, right, config):
     confidence: float (D,), of dev images. right: bool (D,), whether its label is theirs."""
     count = confidence.histc(10, 0, 1)  # (10,), images per tenth of confidence
     accuracy = confidence[right].histc(10, 0, 1) / count  # (10,), NaN where there are none
+    accuracy[count < 10] = float("nan")  # a share of so few says nothing
     edges = np.linspace(0, 1, 11)
     axes.stairs(count / len(right), edges, fill=True, label="share of the images")
     axes.stairs(accuracy, edges, label="share of these that is right")
@@ -2754,6 +2755,7 @@ def calibration_panel(axes, confidence, right, config):
     # The filter has a lower limit, or two.
     axes.vlines(config.interval or config.threshold, 0, 1, "red", label="limit of the filter")
     axes.set_ylim(0, 1.5)  # room for the legend
+    axes.set_yticks(np.linspace(0, 1, 6))
     axes.set_xlabel("confidence")
     axes.set_title("calibration of the first teacher, on dev images")
     axes.legend(loc="upper left")
@@ -2767,7 +2769,7 @@ def robustness_panel(axes, generations):
             axes.plot(*zip(*errors_by_name(report).items()), "o",
                       label=f"{record['name']}, mCE {plus_minus(report['mce'], None)}")
             axes.yaxis.set_major_formatter("{x:.0%}")
-            axes.set_title("error: clean, mean over the corruptions, attacks with their epsilon")
+            axes.set_title("error on a part of the test images: clean, corrupted, attacked")
             axes.legend()
 
 

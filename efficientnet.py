@@ -77,6 +77,8 @@ STAGES = (
 def compound_scaling(phi):
     """The rule of EfficientNet, section 3.3: phi -> multipliers (depth, width, resolution) of B0's.
 
+    It is here to be read: networks take the numbers of FAMILY, and L0-L2 leave the rule.
+
     The cost grows with depth * width^2 * resolution^2, about 2^phi. B1-B3 follow the rule (phi 0.5,
     1 and 2; to a decimal and within 4 pixels). B4-B7 (3, 4, 5 and 6) were rounded by hand, always
     above it.
@@ -141,11 +143,11 @@ def stochastic_depth(x, survival, training, noised=None):
 class Conv(nn.Conv2d):
     """A convolution of odd kernel with TensorFlow's SAME padding: H rows -> ceil(H / stride)."""
 
-    def __init__(self, channels, filters, kernel=1, stride=1, groups=1, bias=True):
-        # At stride 1 the padding is alike before and after the image, and at all its sizes. At
-        # stride 2 it depends on the size: an even side gets one more zero after than before.
+    def __init__(self, channels, filters, kernel=1, stride=1, groups=1):
+        # At stride 1 both sides get as many zeros, whatever the size of the map. At stride 2 it
+        # depends on the size: an even side gets one more zero after than before.
         padding = kernel // 2 if stride == 1 else 0
-        super().__init__(channels, filters, kernel, stride, padding, groups=groups, bias=bias)
+        super().__init__(channels, filters, kernel, stride, padding, groups=groups, bias=False)
 
     def forward(self, x):
         kernel = self.kernel_size[0]
@@ -157,11 +159,11 @@ class Conv(nn.Conv2d):
             left, right = same_padding(width, kernel, stride)
             x = F.pad(x, (left, right, top, bottom))
         elif self.training and min(height, width) < kernel:
-            # The same zeros, but some are made part of the map: on a CPU the gradient of a kernel
-            # that is larger than its map is several times slower.
-            ahead = (kernel - min(height, width) + 1) // 2
-            x = F.pad(x, (ahead, ahead, ahead, ahead))
-            padding -= ahead
+            # In training some of these zeros are made part of the map: on a CPU the gradient of the
+            # weights is several times slower where the kernel is larger than the map.
+            inside = (kernel - min(height, width) + 1) // 2
+            x = F.pad(x, (inside, inside, inside, inside))
+            padding -= inside
         return F.conv2d(x, self.weight, self.bias, stride, padding, groups=self.groups)
 
 
@@ -179,7 +181,7 @@ class Unit(nn.Module):
 
     def __init__(self, channels, filters, kernel=1, stride=1, groups=1, *, swish=True, momentum):
         super().__init__()
-        self.conv = Conv(channels, filters, kernel, stride, groups, bias=False)
+        self.conv = Conv(channels, filters, kernel, stride, groups)
         self.norm = nn.BatchNorm2d(filters, eps=1e-3, momentum=momentum)
         self.swish = swish
 
@@ -192,7 +194,8 @@ class Unit(nn.Module):
 
 
 def spatial_mean(x):
-    """(N,C,H,W) -> (N,C). In training faster than x.mean, whose gradient fills a map first."""
+    """(N,C,H,W) -> (N,C). On a CPU this trains faster than x.mean: the gradient of a sum is a view of
+    one number per channel, that of a mean is written out as a whole map."""
     return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
 
 

@@ -6,8 +6,8 @@
 
 Algorithm 1                                                           here
 1. train a teacher on the labelled images, with noise                 train(model, data, config)
-2. the un-noised teacher labels clean images; filter and balance      make_pseudo: pseudo_label,
-   them                                                               filter_and_balance
+2. the un-noised teacher labels clean images (which the paper then    make_pseudo: pseudo_label,
+   filters and balances)                                              filter_and_balance
 3. train an equal-or-larger student on both kinds, with noise         train(..., pseudo)
 4. make the student the teacher and go back to 2                      noisy_student(config)
 
@@ -130,8 +130,8 @@ class Config:
     bn_momentum: float = option(0.1, "share of the newest batch in the batch-norm averages "
                                 "[code: 0.01]", within="(0, 1]")
     label_smoothing: float = option(0.1, "not on soft pseudo labels [code: 0.1]", within="[0, 1)")
-    loss: str = option("average", "sum: L + U [v4, Algorithm 1]; average: (L + rU)/(1 + r) "
-                       "[v4, text]; ratio: L + rU [code]", choices=("sum", "average", "ratio"))
+    loss: str = option("average", "sum: L_lab + L_unl [v4, Algorithm 1]; average: (L_lab + "
+                       "r L_unl)/(1 + r) [v4, text]; ratio: L_lab + r L_unl [code]", choices=("sum", "average", "ratio"))
     joint: bool = option(True, "both kinds of images in every step; off: pretrain on the "
                          "unlabelled, then fine-tune on the labelled [v4]")
     warm_start: bool = option(False, "start a student from the weights of its teacher [v4]")
@@ -728,6 +728,7 @@ def filter_and_balance(probabilities, threshold, per_class, generator=None, *, b
                        below=math.inf):
     """Rows to train on, int64, any number, copies included, from probabilities (M,K) [v4].
 
+    threshold: 0.3 in the paper, and by default (Config.threshold).
     Of the images that keep_confident keeps, takes each predicted class's `per_class` most confident
     (paper: 130K; None: the mean number kept, ours); a class with fewer is duplicated at random, so
     that numbers of copies differ by at most one; a class with none stays empty. balance=False stops
@@ -757,7 +758,7 @@ def filter_and_balance(probabilities, threshold, per_class, generator=None, *, b
 
 
 def make_pseudo(teacher, data, config, key=""):
-    """Step 2 of Algorithm 1: label, filter and balance the unlabelled images -> Pseudo.
+    """Step 2 of Algorithm 1 labels the unlabelled images; then filter and balance them -> Pseudo.
 
     key: names the student and seeds the balancing and a noisy teacher's noise. The filter looks at
     confidence before the temperature. UserError if less than a batch is left."""
@@ -775,7 +776,8 @@ def make_pseudo(teacher, data, config, key=""):
 
 
 def pseudo_targets(probabilities, config):
-    """Soft labels p^(1/T), renormalised, which is softmax(logits / T); or hard, smoothed ones."""
+    """Soft labels p^(1/T), renormalised, which is softmax(logits / T), never smoothed [code]; or
+    hard ones, smoothed as true labels are."""
     if config.hard:
         labels = probabilities.argmax(1)
         return smoothed_one_hot(labels, probabilities.shape[1], config.label_smoothing)
@@ -832,14 +834,14 @@ class AtResolution(nn.Module):
 
 
 def fine_tune_resolution(model, data, config, size, *, epochs=1.5):
-    """Train a copy of an EfficientNet on, at a larger `size` in pixels -> AtResolution, averaged.
+    """Go on training a copy of an EfficientNet, at a larger `size` in pixels -> AtResolution, averaged.
 
     1.5 epochs on un-augmented labelled images [v4], the shallow layers frozen and their batch-norm
     in evaluation mode [code: fix_layer_num, whose value is not published; the stem and the first
     half of the blocks are ours]. The rate is the tail of the main schedule, without a warm-up
     [code: train_last_step_num]: about 0.012 of the peak for the official schedule, 0.11 for the
     demo's. Dropout and stochastic depth stay on in the layers that learn."""
-    tuned = AtResolution(copy.deepcopy(model).requires_grad_(True), size)  # averages are frozen
+    tuned = AtResolution(copy.deepcopy(model).requires_grad_(True), size)  # an EMA's are off
     blocks = tuned.model.blocks
     shallow = [tuned.model.stem, *blocks[:len(blocks) // 2]]
     for module in shallow:
@@ -2529,7 +2531,7 @@ class Progress:
 
     def forget(self):
         """Begin new sums."""
-        self.sums = 0.0  # of L, of U and of finite losses, since the last report
+        self.sums = 0.0  # of L_lab, of L_unl and of finite losses, since the last report
         self.count = 0
 
     def step(self, step, lr, loss_l, loss_u, images, parts):
@@ -3162,7 +3164,7 @@ def act(config):
 
 
 def keep_freed_memory():
-    """Have the C library keep freed memory: faulting it in again costs up to a third of a CPU step.
+    """Have the C library keep freed memory: faulting it in again costs up to a quarter of a step.
 
     Images/s with and without, on two cores of an EPYC: tiny 1,012 and 763, B0 105 and 96."""
     try:

@@ -309,8 +309,8 @@ def apply_op(images, name, level, sign=1, *, translate_const=100.0, cutout_const
     elif name == "Invert":
         return 255 - images
 
-    # Keep the highest bits. Up to level 20 Posterize gets *weaker*: 3 bits at level 9, all 8 at 20.
-    # Outside 1 to 8 bits, below level 2.5 and from 22.5 on, the official shift ends at 7: 1 bit.
+    # Keep the highest bits. Posterize gets *weaker* up to level 20: 1 bit below 5, 3 at 9, all 8 at
+    # 20. Outside 1 to 8 bits, below 2.5 and from 22.5 on, the official shift ends at 7: 1 bit.
     elif name == "Posterize":
         bits = int(s * 4)
         shift = 8 - bits if 1 <= bits <= 8 else 7

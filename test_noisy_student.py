@@ -406,7 +406,7 @@ WIDTHS = [1, 4, 5, 8]
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 def test_padding_is_tensorflows_same_at_any_size(kernel, stride, height, width, layout):
     torch.manual_seed(height * width)
-    conv = Conv(2, 4, kernel, stride, bias=False).double().requires_grad_(False)
+    conv = Conv(2, 4, kernel, stride).double().requires_grad_(False)
     x = torch.randn(3, 2, height, width, dtype=torch.double)
     expected = same_convolution(x.numpy(), conv.weight.numpy(), stride)
     for training in (True, False):  # maps smaller than the kernel take another way in training
@@ -419,7 +419,7 @@ def test_padding_is_tensorflows_same_at_any_size(kernel, stride, height, width, 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_depthwise_convolution_keeps_channels_apart(stride, size):
     torch.manual_seed(0)
-    conv = Conv(3, 3, 5, stride, groups=3, bias=False).double().requires_grad_(False)
+    conv = Conv(3, 3, 5, stride, groups=3).double().requires_grad_(False)
     x = torch.randn(2, 3, size, size, dtype=torch.double)
     y = conv(x)
     for c in range(3):
@@ -431,6 +431,7 @@ def test_depthwise_convolution_keeps_channels_apart(stride, size):
 def test_bias_is_added_everywhere():
     conv = Conv(2, 4, 3, 2)
     nn.init.zeros_(conv.weight)
+    conv.bias = nn.Parameter(torch.randn(4))  # as fold_batchnorm leaves it
     y = conv(torch.randn(3, 2, 6, 5))
     assert torch.equal(y, conv.bias[:, None, None].expand(3, 4, 3, 3))
 

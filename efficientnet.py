@@ -194,9 +194,13 @@ class Unit(nn.Module):
 
 
 def spatial_mean(x):
-    """(N,C,H,W) -> (N,C). On a CPU this trains faster than x.mean: the gradient of a sum is a view of
-    one number per channel, that of a mean is written out as a whole map."""
-    return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
+    """Mean over the pixels: (N,C,H,W) -> (N,C).
+
+    On a CPU this trains faster than x.mean: the gradient of a sum is a view of one number per
+    channel, that of a mean is written out as a whole map.
+    """
+    pixels = x.shape[2] * x.shape[3]
+    return x.sum((2, 3)) / pixels
 
 
 class Block(nn.Module):

@@ -131,7 +131,8 @@ class Config:
                                 "[code: 0.01]", within="(0, 1]")
     label_smoothing: float = option(0.1, "not on soft pseudo labels [code: 0.1]", within="[0, 1)")
     loss: str = option("average", "sum: L_lab + L_unl [v4, Algorithm 1]; average: (L_lab + "
-                       "r L_unl)/(1 + r) [v4, text]; ratio: L_lab + r L_unl [code]", choices=("sum", "average", "ratio"))
+                       "r L_unl)/(1 + r) [v4, text]; ratio: L_lab + r L_unl [code]",
+                       choices=("sum", "average", "ratio"))
     joint: bool = option(True, "both kinds of images in every step; off: pretrain on the "
                          "unlabelled, then fine-tune on the labelled [v4]")
     warm_start: bool = option(False, "start a student from the weights of its teacher [v4]")
@@ -834,14 +835,16 @@ class AtResolution(nn.Module):
 
 
 def fine_tune_resolution(model, data, config, size, *, epochs=1.5):
-    """Go on training a copy of an EfficientNet, at a larger `size` in pixels -> AtResolution, averaged.
+    """Go on training a copy of an EfficientNet at a larger `size` in pixels -> its AtResolution.
 
     1.5 epochs on un-augmented labelled images [v4], the shallow layers frozen and their batch-norm
     in evaluation mode [code: fix_layer_num, whose value is not published; the stem and the first
     half of the blocks are ours]. The rate is the tail of the main schedule, without a warm-up
     [code: train_last_step_num]: about 0.012 of the peak for the official schedule, 0.11 for the
-    demo's. Dropout and stochastic depth stay on in the layers that learn."""
-    tuned = AtResolution(copy.deepcopy(model).requires_grad_(True), size)  # an EMA's are off
+    demo's. Dropout and stochastic depth stay on in the layers that learn. What is returned is the
+    moving average."""
+    # A copy, which learns again: the weights of an EMA do not.
+    tuned = AtResolution(copy.deepcopy(model).requires_grad_(True), size)
     blocks = tuned.model.blocks
     shallow = [tuned.model.stem, *blocks[:len(blocks) // 2]]
     for module in shallow:
@@ -1018,10 +1021,10 @@ STUDIES = {
         {"average": {}, "sum": dict(loss="sum"), "ratio": dict(loss="ratio")}, {}, "not reported",
         base=dict(ratio=3)),
 
-    # 40 pixels on 32 (the paper: 800 on 475).
+    # 40 pixels on 32 (the paper: 800 on 475). One student, measured before and after.
     "fix-resolution": Study(
         "train-test resolution [v4]", "Does a fine-tune at a larger size help?",
-        {"as trained": {}, "fine-tuned": dict(fix_resolution=40)}, {},
+        {"student": dict(fix_resolution=40)}, {},
         "used for L2, with all of ImageNet's labels"),
 
     # L2's pseudo labels make a B0 of 77.3 one of 78.8.

@@ -181,8 +181,10 @@ def source_index(name, strength, H, W, device):
         sin = radians.sin().float()
         right = W - 1
         bottom = H - 1
-        u = cos * x - sin * y + (right - (cos * right - sin * bottom)) / 2
-        v = sin * x + cos * y + (bottom - (sin * right + cos * bottom)) / 2
+        shift_u = (right - (cos * right - sin * bottom)) / 2  # the centre stays where it is
+        shift_v = (bottom - (sin * right + cos * bottom)) / 2
+        u = cos * x - sin * y + shift_u
+        v = sin * x + cos * y + shift_v
     elif name == "ShearX":              # pixels per pixel
         u = x + strength * y
     elif name == "ShearY":

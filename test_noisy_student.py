@@ -38,7 +38,7 @@ import noisy_student as ns
 import randaugment
 from efficientnet import (FAMILY, STAGES, Block, Conv, EfficientNet, compound_scaling,
                           fold_batchnorm, load_timm, round_filters, round_repeats,
-                          stochastic_depth)
+                          spatial_mean, stochastic_depth)
 from noisy_student import Config, UserError
 from randaugment import OPS, SIGNED, RandAugment, apply_op, cutout, random_crop, random_flip
 
@@ -426,6 +426,15 @@ def test_depthwise_convolution_keeps_channels_apart(stride, size):
         images = x[:, [c]].numpy()
         weight = conv.weight[[c]].numpy()
         assert np.allclose(y[:, [c]], same_convolution(images, weight, stride))
+
+
+def test_the_spatial_mean_and_its_gradient_are_those_of_mean():
+    x = torch.randn(2, 3, 5, 7, dtype=torch.double, requires_grad=True)
+    mean = spatial_mean(x)
+    assert torch.allclose(mean, x.mean((2, 3)))
+    weight = torch.randn(2, 3, dtype=torch.double)
+    [gradient] = torch.autograd.grad((mean * weight).sum(), x)
+    assert torch.allclose(gradient, (weight / 35)[:, :, None, None].expand_as(x))
 
 
 def test_bias_is_added_everywhere():
@@ -4186,8 +4195,8 @@ def test_a_variant_with_other_data_gets_them(study):
 def test_only_the_variant_that_asks_for_it_is_fine_tuned(study):
     study.run("fix-resolution", seeds=1)
     [(name, model, config)] = study.tuned
-    assert name == "fine-tuned" and config.fix_resolution == 40
-    assert model is call_named(study.calls, "fine-tuned", 0).model
+    assert name == "student" and config.fix_resolution == 40
+    assert model is call_named(study.calls, "student", 0).model
 
 
 def test_the_table_of_a_study_by_hand():

@@ -3058,19 +3058,22 @@ def dry_run(config):
     seconds, student = training_seconds(config, device)
     images = config.batch * (1 + config.ratio)
     print(f"a step of the last student, {images} images, takes {student:.3f} s: "
-          f"{images / student:,.0f} images/s; peak memory {peak_gibibytes(device):.2f} GiB")
+          f"{images / student:,.0f} images/s")
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     print(f"training would take about {seconds / 60:,.0f} minutes ({seconds / 3600:,.1f} hours)")
 
 
 def training_seconds(config, device, patience=2.0):
     """Seconds that training would take here: of the whole chain, and of the last student's step."""
-    control = step_seconds(config.models[-1], config, device, patience, with_unlabeled=False)
-    teacher = step_seconds(config.models[0], config, device, patience, with_unlabeled=False)
-    total = control * config.steps + teacher * (config.teacher_steps or config.steps)
-    for network in config.models[1:]:
-        student = step_seconds(network, config, device, patience)
-        total += student * config.steps
-    return total, student
+    # Every network once, with unlabelled images where it is a student.
+    student = {name: step_seconds(name, config, device, patience) for name in {*config.models[1:]}}
+    alone = {name: step_seconds(name, config, device, patience, with_unlabeled=False)
+             for name in {config.models[0], config.models[-1]}}
+    total = alone[config.models[-1]] * config.steps
+    total += alone[config.models[0]] * (config.teacher_steps or config.steps)
+    total += sum(student[name] for name in config.models[1:]) * config.steps
+    return total, student[config.models[-1]]
 
 
 def step_seconds(network, config, device, patience, with_unlabeled=True):
@@ -3082,27 +3085,23 @@ def step_seconds(network, config, device, patience, with_unlabeled=True):
     model = build(network, data, config).train()
     forward = for_training(model, config)
     optimizer = RMSpropTF(parameter_groups(model, config.weight_decay), lr=0.0)
-    U = config.batch * config.ratio if with_unlabeled else 0
-    pick = torch.arange(config.batch + U, device=device) % len(data.labels)
+
+    # Of a batch that would take minutes on a CPU, a part: there a step's time grows with its images.
+    B, U = config.batch, config.batch * config.ratio if with_unlabeled else 0
+    parts = max(1, (B + U) // 256) if device.type == "cpu" else 1
+    B, U = max(1, B // parts), U // parts
+    pick = torch.arange(B + U, device=device) % len(data.labels)
     images = data.labeled_images[pick]
     targets = smoothed_one_hot(data.labels[pick], data.num_classes, 0.1)
 
     # A rate of 0 keeps the loss finite; the work is the same.
     times = []
     while len(times) < 2 or (times[-1] - times[0] < patience and len(times) < 12):
-        loss, _ = train_step(forward, optimizer, images[:config.batch], targets[:config.batch],
-                             images[config.batch:], targets[config.batch:], data, config)
+        loss, _ = train_step(forward, optimizer, images[:B], targets[:B], images[B:], targets[B:],
+                             data, config)
         loss.item()  # waits for a GPU
         times.append(time.perf_counter())
-    return (times[-1] - times[0]) / (len(times) - 1)
-
-
-def peak_gibibytes(device):
-    """The most memory held so far: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource  # absent on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return parts * (times[-1] - times[0]) / (len(times) - 1)
 
 
 def evaluate(config):

@@ -2260,10 +2260,10 @@ def enlarged(x):
     return F.interpolate(x, (32, 32), mode="bicubic", align_corners=True)
 
 
-# What is known of each data set. The presets are changes of Config's defaults: those of the demo
-# are ours: that of digits is chosen on dev, that of CIFAR-10 on dev of one seed, part by part, and
-# the others by analogy. Those of the paper are the official run on SVHN, on CIFAR with as many
-# labels as in its demo.
+# What is known of each data set. The presets are changes of Config's defaults. Those of the demo are
+# ours: the digits' was chosen on dev, CIFAR-10's on dev of one seed (schedule and number of
+# operations for the control, T for a student), and the others by analogy. Those of the paper are the
+# official run on SVHN, on CIFAR with as many labels as in its demo.
 ALL = dict(test=None, unlabeled=None)
 DEMO = ALL | dict(labels=4000, dev=2000, models=("tiny", "tiny", "tiny"), batch=16, steps=10000,
                   ratio=2, warmup_epochs=150)

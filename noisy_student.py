@@ -2260,10 +2260,10 @@ def enlarged(x):
     return F.interpolate(x, (32, 32), mode="bicubic", align_corners=True)
 
 
-# What is known of each data set. The presets are changes of Config's defaults. Those of the demo are
-# ours: the digits' was chosen on dev, CIFAR-10's on dev of one seed (schedule and number of
-# operations for the control, T for a student), and the others by analogy. Those of the paper are the
-# official run on SVHN, on CIFAR with as many labels as in its demo.
+# What is known of each data set. The presets are changes of Config's defaults. Those of the demo
+# are ours: the digits' was chosen on dev, CIFAR-10's on dev of one seed (schedule and number of
+# operations for the control, T for a student), and the others by analogy. Those of the paper are
+# the official run on SVHN, on CIFAR with as many labels as in its demo.
 ALL = dict(test=None, unlabeled=None)
 DEMO = ALL | dict(labels=4000, dev=2000, models=("tiny", "tiny", "tiny"), batch=16, steps=10000,
                   ratio=2, warmup_epochs=150)
@@ -3086,7 +3086,7 @@ def step_seconds(network, config, device, patience, with_unlabeled=True):
     forward = for_training(model, config)
     optimizer = RMSpropTF(parameter_groups(model, config.weight_decay), lr=0.0)
 
-    # Of a batch that would take minutes on a CPU, a part: there a step's time grows with its images.
+    # Of a batch that would take minutes on a CPU, a part: its time grows with its images.
     B, U = config.batch, config.batch * config.ratio if with_unlabeled else 0
     parts = max(1, (B + U) // 256) if device.type == "cpu" else 1
     B, U = max(1, B // parts), U // parts

@@ -1500,8 +1500,9 @@ def ra_message(function, *args, **options):
 @pytest.mark.parametrize("name", (*RA_NOISES, *OPS))
 def test_wrong_images_are_an_error(name):
     images = ra_images()
+    channels_last = images.permute(0, 2, 3, 1)
     wrong = {"float32": images.float(), "int32": images.int(), "17, 23": images[0],
-             "1, 17": images[:, :1], "23, 3)": images.permute(0, 2, 3, 1), "ndarray": images.numpy()}
+             "1, 17": images[:, :1], "23, 3)": channels_last, "ndarray": images.numpy()}
     for found, value in wrong.items():
         if name in OPS:
             message = ra_message(ra_apply, value, name)
@@ -4033,6 +4034,25 @@ def test_a_dry_run_prints_every_value_and_the_time(capsys, tmp_path, monkeypatch
     assert "60 minutes" in text  # 300 and 600 and 300 steps
     assert max(map(len, text.splitlines())) <= 100
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("batch, ratio", [(20, 1), (128, 5), (10, 300)])
+def test_the_time_of_a_large_batch_is_that_of_a_part(batch, ratio, monkeypatch):
+    clock = Clock(0.0)
+    sizes = []
+
+    def train_step(forward, optimizer, images_l, target_l, images_u, target_u, data, config):
+        sizes.append((len(images_l), len(images_u)))
+        clock.now += 0.01 * (len(images_l) + len(images_u))  # 10 ms an image
+        return torch.zeros(()), torch.zeros(())
+
+    monkeypatch.setattr(ns, "train_step", train_step)
+    monkeypatch.setattr(ns, "time", types.SimpleNamespace(perf_counter=clock))
+    config = Config(models=("nano", "nano"), batch=batch, ratio=ratio)
+    seconds = ns.step_seconds("nano", config, torch.device("cpu"), patience=1.0)
+    assert seconds == pytest.approx(0.01 * batch * (1 + ratio), rel=0.05)
+    assert all(0 < B and B + U < 512 for B, U in sizes)
+    assert all(U / B == pytest.approx(ratio, rel=0.1) for B, U in sizes if B > 1)
 
 
 def test_warnings_are_lines_of_stderr(folder, tmp_path, capsys, monkeypatch):

@@ -3087,9 +3087,12 @@ def step_seconds(network, config, device, patience, with_unlabeled=True):
     optimizer = RMSpropTF(parameter_groups(model, config.weight_decay), lr=0.0)
 
     # Of a batch that would take minutes on a CPU, a part: its time grows with its images.
-    B, U = config.batch, config.batch * config.ratio if with_unlabeled else 0
-    parts = max(1, (B + U) // 256) if device.type == "cpu" else 1
-    B, U = max(1, B // parts), U // parts
+    unlabeled = config.batch * config.ratio if with_unlabeled else 0
+    parts = 1
+    if device.type == "cpu":
+        parts = max(1, (config.batch + unlabeled) // 256)
+    B = max(1, config.batch // parts)
+    U = unlabeled // parts
     pick = torch.arange(B + U, device=device) % len(data.labels)
     images = data.labeled_images[pick]
     targets = smoothed_one_hot(data.labels[pick], data.num_classes, 0.1)
@@ -3101,7 +3104,8 @@ def step_seconds(network, config, device, patience, with_unlabeled=True):
                              data, config)
         loss.item()  # waits for a GPU
         times.append(time.perf_counter())
-    return parts * (times[-1] - times[0]) / (len(times) - 1)
+    seconds = (times[-1] - times[0]) / (len(times) - 1)
+    return parts * seconds
 
 
 def evaluate(config):

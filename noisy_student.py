@@ -184,7 +184,8 @@ class Config:
 
     # Machine
     amp: bool = option(True, "bfloat16 autocast on a GPU")
-    compile: bool = option(False, "torch.compile the network (for long runs on a GPU)")
+    compile: bool = option(False, "torch.compile the network, into a CUDA graph (for long runs on "
+                           "a GPU)")
     memory: float = option(8.0, "GiB: larger sets of images stay off the GPU", within="(0, inf)")
 
     # Actions
@@ -2847,11 +2848,15 @@ def choose_device(config):
 def for_training(model, config):
     """The network as it is called in training: compiled if asked for, on several processes in step.
 
-    On GPUs batch-norm statistics are then those of all processes, on CPUs of each process."""
+    On several GPUs batch-norm statistics are those of all processes, on CPUs of each process."""
     several = world_of()[1] > 1
     if several and next(model.parameters()).device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    forward = torch.compile(model) if config.compile else model
+    forward = model
+    if config.compile:
+        # As CUDA graphs: the thousand small kernels of a step start at once, where a CPU that
+        # starts them one by one cannot keep up with the GPU.
+        forward = torch.compile(model, mode="reduce-overhead")
     return nn.parallel.DistributedDataParallel(forward) if several else forward
 
 

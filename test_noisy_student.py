@@ -3738,7 +3738,7 @@ def probe_training(config, patch):
     return seen | {"number of steps": len(seen["rates"]), "average": average.linear.bias.tolist()}
 
 
-def same(model):
+def same(model, mode):
     """In place of torch.compile."""
     return model
 
@@ -4827,7 +4827,7 @@ def test_a_shorter_sequence_is_the_beginning_of_a_longer_one(name):
     assert torch.equal(long[:, :5], short)
 
 
-@pytest.mark.parametrize("name", set(ns.PERTURBATIONS) - RANDOM_CORRUPTIONS)
+@pytest.mark.parametrize("name", sorted(set(ns.PERTURBATIONS) - RANDOM_CORRUPTIONS))
 def test_a_perturbation_grows_from_frame_to_frame(name):
     images = robust_smooth(3)
     sequence = ns.perturbation_sequence(images, name, 12, robust_seed(1))

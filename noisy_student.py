@@ -3082,7 +3082,7 @@ def training_seconds(config, device, patience=2.0):
 
 
 def step_seconds(network, config, device, patience, with_unlabeled=True):
-    """Seconds of one train_step: after one to warm up, the mean of those begun in `patience` s."""
+    """Seconds of one train_step: after one to warm up, the median of `patience` seconds."""
     # Digits of the batch's size, and targets that need no teacher.
     images, labels = make_digits(400, 0)
     data = Data.from_arrays(images[:200], labels[:200], images[200:300], labels[200:300],
@@ -3109,8 +3109,8 @@ def step_seconds(network, config, device, patience, with_unlabeled=True):
                              data, config)
         loss.item()  # waits for a GPU
         times.append(time.perf_counter())
-    seconds = (times[-1] - times[0]) / (len(times) - 1)
-    return parts * seconds
+    seconds = np.median(np.diff(times))  # the first graphs of a GPU are slow, too
+    return parts * float(seconds)
 
 
 def evaluate(config):

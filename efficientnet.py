@@ -468,7 +468,7 @@ def note_multiply_adds(layer, inputs, output):
 def print_family():
     """Print FAMILY, one row a network, counted from its layers, beside the published figures."""
     print("EfficientNet for 1,000 classes; multiply-adds of one image at the training resolution.")
-    print("Those below b0 are not from the papers; they have the strides for small images.")
+    print("Those smaller than b0 are not from the papers; they have the strides for small images.")
     print("      width depth train  test dropout  parameters published  multiply-adds published")
     for name, (width, depth, resolution, dropout, test_resolution) in FAMILY.items():
         # The meta device knows shapes, but holds no numbers: L2 costs as little as B0.

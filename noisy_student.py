@@ -32,6 +32,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import tarfile
 import textwrap
@@ -80,7 +81,8 @@ class Config:
     Every field is a flag: --steps N, --balance / --no-balance, ... On the command line `none` or
     `all` stand for None where the help says so. UserError for a value out of its range."""
     # What runs
-    preset: str = option("demo", "demo: sized for a laptop; paper: the official recipe",
+    preset: str = option("demo", "demo: sized for a laptop; paper: the official code's run of a "
+                         "student on SVHN (for other data and the teacher: adapted)",
                          choices=("demo", "paper"))
     dataset: str = option("digits", "digits (generated), svhn, cifar10, cifar100, or a folder")
     models: tuple[str, ...] = option(("nano", "micro", "tiny"),
@@ -96,8 +98,8 @@ class Config:
     # Data
     labels: int | None = option(80, "labelled images, balanced over the classes (all: every one)",
                                 within="[1, inf)")
-    dev: int | None = option(1000, "training images held out for choosing (none: a tenth) "
-                             "[code, SVHN: 4,000]", within="[1, inf)")
+    dev: int | None = option(1000, "training images held out for choosing (none: a tenth, at most "
+                             "1,000) [code, SVHN: 4,000]", within="[1, inf)")
     test: int | None = option(2000, "test images, at most (all: every one)", within="[1, inf)")
     unlabeled: int | None = option(8000, "unlabelled images, at most (all: every one)",
                                    within="[1, inf)")
@@ -125,7 +127,7 @@ class Config:
                                  "of 700]", within="(0, inf)")
     weight_decay: float = option(1e-5, "L2 term on all but batch-norm [code: 1e-5; SVHN: 1e-4]",
                                  within="[0, inf)")
-    ema: float = option(0.99, "decay of the average of the weights, which is what labels "
+    ema: float = option(0.99, "decay of the average of the weights; the averaged network labels "
                         "[code: 0.9999]", within="[0, 1)")
     bn_momentum: float = option(0.1, "share of the newest batch in the batch-norm averages "
                                 "[code: 0.01]", within="(0, 1]")
@@ -303,7 +305,8 @@ def train_generation(name, network, data, config, run, *, teacher=None, control=
 
     name: of the generation. network: of FAMILY. teacher: labels the unlabelled images; None: only
     labelled ones are used. control: its mistakes are a test set, too (measure). key: seeds initial
-    weights, noise and order (default: name). steps: default config.steps."""
+    weights, noise, balancing and the order of unlabelled images (default: name). steps: default
+    config.steps."""
     key = key or name
     model = run.load(name, data, config)
     if model is not None:  # an interrupted run got as far as this
@@ -335,7 +338,8 @@ def train(model, data, config, pseudo=None, *, steps=None, key="", progress=None
     model: any nn.Module from float (N,3,H,W), normalised, to logits (N,K); trained in place. Only
     unlabeled_model_noise=False asks more of it: forward(x, noised), with dropout and stochastic
     depth on the first `noised` rows alone. Batch-norm is any of BATCH_NORMS.
-    pseudo: Pseudo. steps: default config.steps. key: seeds noise and order. progress: a Progress.
+    pseudo: Pseudo. steps: default config.steps. key: seeds noise and the unlabelled images' order.
+    progress: a Progress.
     Returns the moving average of the weights, a network in evaluation mode (EMA.model).
     UserError when the loss is not finite."""
     steps = steps or config.steps
@@ -433,9 +437,9 @@ def loss_weights(name, r):
     """Weights of the mean loss over labelled images and of that over unlabelled ones.
 
     r: unlabelled images per labelled one. The paper and its code disagree. Our default is
-    `average`: it keeps the loss of teacher, control and student on one scale. That matters, as
-    where gradients are far below the root of RMSProp's epsilon, 0.03, dividing by the root does not
-    cancel their scale: it acts like a learning rate."""
+    `average`: it keeps the loss of teacher, control and student on one scale. RMSProp cancels a
+    constant factor of the loss, but not where gradients are far below the root of its epsilon,
+    0.03: there the factor acts like a learning rate."""
     if name == "sum":  # Algorithm 1
         return 1.0, 1.0
     if name == "average":  # the paper's text: one mean over the concatenated batch
@@ -446,8 +450,8 @@ def loss_weights(name, r):
 
 
 def learning_rate(step, base_lr, steps_per_epoch, warmup_epochs=5, decay_epochs=2.4, decay=0.97):
-    """Linear warm-up to base_lr, in whole steps [code], then a staircase: the rate and its fall by
-    3% are the paper's [v4], that it falls in steps is in the code.
+    """Linear warm-up to base_lr over a whole number of steps [code], then a fall by 3% every
+    decay_epochs [v4], in jumps [code].
 
     The staircase counts from step 0, not from the end of the warm-up: after a long warm-up the rate
     falls at once to where the staircase has got by then."""
@@ -686,14 +690,13 @@ def pseudo_label(teacher, images, data, config, *, key="", batch=1000):
     batch = max(1, batch * 1024 // pixels)  # as many pixels as that many 32x32 images
     probabilities = torch.zeros(len(images), data.num_classes)  # (M,K)
     for start in range(0, len(images), batch):
-        rows = torch.arange(start, min(start + batch, len(images)))
-        x = gather(images, rows, device)  # (N,3,H,W)
+        x = images[start:start + batch].to(device, non_blocking=True)  # (N,3,H,W)
         if config.noisy_teacher:
             torch.manual_seed(seed_of(config.seed, key, "noisy teacher", start))
             x = add_noise(x, data, config)
         with precision(device, config):
             logits = model(normalise(x, data))  # (N,K)
-        probabilities[rows] = logits.float().softmax(1).cpu()
+        probabilities[start:start + batch] = logits.float().softmax(1).cpu()
     return probabilities
 
 
@@ -730,7 +733,7 @@ def filter_and_balance(probabilities, threshold, per_class, generator=None, *, b
                        below=math.inf):
     """Rows to train on, int64, any number, copies included, from probabilities (M,K) [v4].
 
-    threshold: 0.3 in the paper, and by default (Config.threshold).
+    threshold: 0.3 in the paper.
     Of the images that keep_confident keeps, takes each predicted class's `per_class` most confident
     (paper: 130K; None: the mean number kept, ours); a class with fewer is duplicated at random, so
     that numbers of copies differ by at most one; a class with none stays empty. balance=False stops
@@ -793,7 +796,8 @@ def warn_near_chance(teacher, data, config, key):
     """Warn of a teacher that has learned nothing: its student would not either."""
     guesses = pseudo_label(teacher, data.dev_images, data, config, key=key).argmax(1)
     right = (guesses == data.dev_labels.cpu()).double().mean().item()
-    if right < 1.5 / data.num_classes:
+    chance = 1 / data.num_classes
+    if right < chance + min(chance / 2, (1 - chance) / 4):  # 15% of ten classes, 62.5% of two
         counts = guesses.bincount(minlength=data.num_classes).tolist()
         warnings.warn(f"{key}: its teacher is near chance, {right:.1%} right on dev; dev images "
                       f"that it labelled per class: {counts[:10]}; give it more --teacher-steps, "
@@ -808,6 +812,8 @@ def check_what_is_left(probabilities, kept, rows, config, key):
     left = (f"{key}: {len(kept):,} of {total:,} unlabelled images and "
             f"{num_classes - len(missing)} of {num_classes} classes pass the filter")
     remedy = "lower --threshold, widen --interval or train the teacher for longer"
+    if config.per_class and len(kept) >= config.batch * config.ratio:
+        remedy = "raise --per-class"
 
     batch = config.batch * config.ratio
     expect(len(rows) >= batch, f"{left}, {len(rows):,} rows after balancing; expected at least the "
@@ -835,7 +841,10 @@ class AtResolution(nn.Module):
         return self.model(x)
 
 
-def fine_tune_resolution(model, data, config, size, *, epochs=1.5):
+FINE_TUNE_EPOCHS = 1.5  # [v4]
+
+
+def fine_tune_resolution(model, data, config, size, *, epochs=FINE_TUNE_EPOCHS):
     """Go on training a copy of an EfficientNet at a larger `size` in pixels -> its AtResolution.
 
     1.5 epochs on un-augmented labelled images [v4], the shallow layers frozen and their batch-norm
@@ -897,7 +906,7 @@ def fine_tune_generation(name, model, data, config, run, control):
     tuned = fine_tune_resolution(model, data, config, config.fix_resolution)
     seconds = time.monotonic() - started
     measured = measure(tuned, data, replace(config, robustness=False), control)
-    images = config.batch * fine_tune_steps(data, config, 1.5)
+    images = config.batch * fine_tune_steps(data, config, FINE_TUNE_EPOCHS)
     run.finish(tuned, data, {"name": name, "images_seen": images, "seconds": round(seconds, 2),
                              **pseudo_summary(None), **measured})
 
@@ -951,7 +960,8 @@ STUDIES = {
         "table 7 [v4]: L2, the third at ratio 28", "Does it help to go on?",
         {"chain": dict(models=("nano", "micro", "tiny", "tiny"))},
         {"chain, student 1": "87.6", "chain, student 2": "88.1", "chain, student 3": "88.4"},
-        "each iteration helps, each less than the one before"),
+        "each iteration helps, each less than the one before",
+        base=dict(models=("nano", "micro"))),
 
     # The paper's intervals are 0.1 wide. Its soft labels gain a little with confidence, and its
     # hard ones much: from 75.75 at 0.0 to 77.92 at 0.9.
@@ -984,7 +994,8 @@ STUDIES = {
     "size": Study(
         "student's size [v2]: B0 alone 77.3", "An equal student or a larger one?",
         {"equal": dict(models=("nano", "nano")), "larger": dict(models=("nano", "tiny"))},
-        {"equal": "77.9 (B0)", "larger": "79.5 (B1)"}, "larger is better"),
+        {"equal": "77.9 (B0)", "larger": "79.5 (B1)"}, "larger is better",
+        base=dict(models=("nano", "nano"))),
 
     # Filter and balance; and the two parts of the loss.
     "balance": Study(
@@ -1051,63 +1062,77 @@ def run_study(config):
     models = config.models if study.whole else config.models[:2]
     generations = {}  # seed -> records
     for seed in range(config.seed, config.seed + config.seeds):
-        generations[seed] = []
         out = f"{config.out}/seed{seed}"
         changed = replace(config, seed=seed, out=out, models=models,
                           robustness=config.robustness and study.whole,
                           resume=config.resume and Path(out, "results.json").exists())
-        train_variants(study, replace(changed, **study.base), generations)
+        train_variants(study, replace(changed, **study.base), generations, config)
 
-        # Written after every seed, so that it can be looked at while the study goes on.
-        table = study_table(study, generations)
-        if world_of()[0] == 0:
-            write_json(Path(config.out, "study.json"), {
-                "study": config.study, **study._asdict(), "config": asdict(config), "rows": table})
+    table = study_table(study, generations)
     if world_of()[0] == 0:
         print(f"\n{config.study}, {study.source}. {study.question}\n"
               f"{print_study(table)}\nThe paper: {study.direction}. Wrote {config.out}/study.json")
     return table
 
 
-def train_variants(study, config, generations):
-    """One seed of a study: the teacher (and control) once, then every variant's students."""
+def train_variants(study, config, generations, whole):
+    """One seed of a study: the teacher (and control) once, then every variant's students.
+
+    config: of this seed; generations: seed -> records, to be added to; whole: the study's own."""
     config, data, run = begin(config)
     generations[config.seed] = run.generations
     total = config.seeds * study_size(study, config)
     control = None
 
+    # A variant may have other unlabelled images. What would fail in an hour shall fail now.
+    sets = {}  # variant -> Data
+    for variant, changes in study.variants.items():
+        changed = replace(config, **changes)
+        sets[variant] = data
+        if changes.keys() & DATA_OPTIONS:
+            sets[variant] = load_data_in_turn(changed).to(data.labels.device, config.memory)
+        check_fits(changed, sets[variant])
+
     def train_next(name, network, data, config, **more):
         if not run.has(name):
             announce(generations, total)
-        return train_generation(name, network, data, config, run, control=control, **more)
+        model = train_generation(name, network, data, config, run, control=control, **more)
+        write_study(study, whole, generations)  # to be looked at while the study goes on
+        return model
 
     # What all variants share.
     if study.control:
         last = f"student {len(config.models) - 1}"
         control = train_next("supervised", config.models[-1], data, config, key=last)
     teacher = train_next("teacher", config.models[0], data, config, steps=config.teacher_steps)
-    for variant, changes in study.variants.items():
-        # A variant may have other unlabelled images.
-        changed = replace(config, **changes)
-        images = data
-        if changes.keys() & DATA_OPTIONS:
-            images = load_data(changed).to(data.labels.device, config.memory)
 
-        # Its students, each taught by the one before. All variants have the same initial weights.
+    # The students of every variant, each taught by the one before. All variants have the same
+    # initial weights.
+    for variant, changes in study.variants.items():
+        changed = replace(config, **changes)
         student = teacher
         for k, network in enumerate(changed.models[1:], start=1):
             name = variant if len(changed.models) == 2 else f"{variant}, student {k}"
-            student = train_next(name, network, images, changed, teacher=student,
+            student = train_next(name, network, sets[variant], changed, teacher=student,
                                  key=f"student {k}")
         if changed.fix_resolution:
-            fine_tune_generation(variant, student, images, changed, run, control)
+            fine_tune_generation(variant, student, sets[variant], changed, run, control)
+            write_study(study, whole, generations)
+
+
+def write_study(study, config, generations):
+    """OUT/study.json, of what has been trained so far."""
+    if world_of()[0] == 0:
+        write_json(Path(config.out, "study.json"), {
+            "study": config.study, **study._asdict(), "config": asdict(config),
+            "rows": study_table(study, generations)})
 
 
 def study_size(study, config):
     """How many networks one seed trains."""
-    chains = [changes.get("models", config.models) for changes in study.variants.values()]
-    students = sum(len(chain) - 1 for chain in chains)
-    fine_tunes = sum("fix_resolution" in changes for changes in study.variants.values())
+    variants = [replace(config, **changes) for changes in study.variants.values()]
+    students = sum(len(changed.models) - 1 for changed in variants)
+    fine_tunes = sum(changed.fix_resolution is not None for changed in variants)
     return students + fine_tunes + (2 if study.control else 1)
 
 
@@ -1136,7 +1161,7 @@ def study_table(study, generations):
     if default not in errors:  # a chain has several rows: compare with where it began
         default = next(iter(errors))
 
-    # A seed that has not come to a row yet has no difference there.
+    # While a seed goes on, it has no difference where it has not come to a row yet.
     table = {}
     for row, values in errors.items():
         pairs = list(zip(values, errors.get(default, [])))
@@ -1573,8 +1598,9 @@ def robustness(predict, images, labels, *, seed=0, num_images=300, num_sequences
 
     # Perturbations: ImageNet-P's. The model is asked about one frame of all sequences at a time.
     flips = {}
+    starts = evenly_spaced(images, num_sequences)
     for name, growth in PERTURBATIONS.items():
-        sequences = perturbation_sequence(images[:num_sequences], name, frames, generator)
+        sequences = perturbation_sequence(starts, name, frames, generator)
         classes = [predict(x.float()).argmax(1) for x in sequences.unbind(1)]
         classes = torch.stack(classes, 1)  # (sequences,frames)
         flips[name] = flip_rate(classes, noise=growth is None)
@@ -1619,21 +1645,14 @@ def relative_robustness(report, reference):
     Left out, as there is nothing to divide by: corruptions in which the reference makes no error,
     perturbations in which it never flips. None where nothing is left.
     """
-    errors, base = comparable(report, reference, "corruption_errors")
-    mce = mean_corruption_error(errors, base) if base else None
-    rates, base = comparable(report, reference, "flip_rates")
-    mfr = mean_flip_rate(rates, base) if base else None
-    return {"mce": mce, "mfr": mfr}
-
-
-def comparable(report, reference, part):
-    """One part of both reports, without the names where that of the reference is zero."""
-    values = dict(report[part])
-    base = dict(reference[part])
-    for name in zeros(base):
-        del base[name]
-        values.pop(name, None)
-    return values, base
+    means = []
+    for part, mean in (("corruption_errors", mean_corruption_error),
+                       ("flip_rates", mean_flip_rate)):
+        out = zeros(reference[part])
+        base = {name: value for name, value in reference[part].items() if name not in out}
+        values = {name: value for name, value in report[part].items() if name not in out}
+        means.append(mean(values, base) if base else None)
+    return {"mce": means[0], "mfr": means[1]}
 
 
 def zeros(values):
@@ -1664,7 +1683,7 @@ def robustness_table(reports, reference="supervised"):
         rows.append([model, *row])
     rows.insert(0, ["error in %", *errors, "mCE", "mFR"])
 
-    lines = ["".join(f"{cell:>12}" for cell in row) for row in rows]
+    lines = [aligned(rows)]
     lines.append(f"mCE, mFR: {reference!r} of this run is 100, less is better")
     # One cannot divide by what is zero in the reference.
     errors_out = zeros(base["corruption_errors"])
@@ -1868,15 +1887,18 @@ def load_data(config):
 
 
 def checked(images, labels=None):
-    """Images as numpy's uint8 (N,3,H,W), not copied unless they are read-only, and labels as int64
-    (N,), from 0. UserError for other dtypes and shapes, or if there is none."""
+    """Images as numpy's uint8 (N,3,H,W), copied only where PyTorch could not use them as they are,
+    and labels as int64 (N,), from 0. UserError for other dtypes and shapes, or if there is none."""
     images = np.require(images, requirements="W")
     found = f"images are {images.dtype} {images.shape}"
+    if min(images.strides, default=0) < 0:  # a mirrored view, as of BGR: PyTorch has none
+        images = images.copy()
     if images.ndim == 4 and images.shape[1] != 3:
         images = images.transpose(0, 3, 1, 2)
     fits = images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) >= 8
     expect(images.dtype == np.uint8 and fits and len(images) > 0,
-           f"{found}: expected uint8, 0 to 255, (N,3,H,W) or (N,H,W,3), 8 x 8 pixels or more")
+           f"{found}: expected uint8, 0 to 255, (N,3,H,W) or (N,H,W,3), 8 x 8 pixels or more; "
+           "repeat grey ones three times")
 
     if labels is not None:
         labels = np.asarray(labels)
@@ -1926,6 +1948,8 @@ def explained(what, advice):
     any way."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split()) or repr(error)
         raise UserError(f"{what} ({reason}); {advice}") from None
@@ -2293,16 +2317,16 @@ for name, record in (DATASETS | {"folder": FOLDER}).items():
 
 
 # ---- Files ---------------------------------------------------------------------------------------
-# Everything is written to a temporary file first and then renamed, so a kill at any moment leaves
-# whole files. JSON for what people read, torch.save for tensors; a file is only believed if it was
-# written by this program (weights_only: it cannot run code).
+# Results, networks and checkpoints are written to a temporary file first, which is then renamed: a
+# kill at any moment leaves whole files. JSON for what people read, torch.save for tensors; a file
+# is only believed if it was written by this program (weights_only: it cannot run code).
 
 class Run:
     """The folder of a run, or no folder where config.out is None.
 
     results.json    the configuration and a record of every finished generation
     NAME.pt         the averaged network of each
-    checkpoint.pt   the generation that is being trained, at most a minute old
+    checkpoint.pt   the generation that is (or was last) in training, at most a minute old
     log.jsonl       a line per report; after a --resume the last line of a step counts
 
     Of a run on several processes, the first one alone writes."""
@@ -2325,7 +2349,7 @@ class Run:
 
     def path(self, name):
         """The file of a generation's network."""
-        return self.folder / (name.replace(" ", "_").replace("/", "-") + ".pt")
+        return self.folder / (re.sub("[/:]", "-", name.replace(" ", "_")) + ".pt")
 
     def has(self, name):
         """Whether this generation is finished."""
@@ -2412,7 +2436,7 @@ def output_folder(config):
 def read_results(folder):
     """The content of OUT/results.json. UserError where there is none."""
     path = Path(folder, "results.json")
-    expect(path.exists(), f"{path} does not exist: there is no run in this folder; check --out")
+    expect(path.exists(), f"{path} does not exist: there is no run in this folder; check its name")
     try:
         results = json.loads(path.read_text())
         return {"config": results["config"], "generations": results["generations"]}
@@ -2427,12 +2451,15 @@ def saved_config(folder):
             if f.name in saved and not f.metadata["action"]}
 
 
+MAY_CHANGE = ("out", "data_dir", "device", "memory")  # where things are, not what they are
+
+
 def check_same_run(saved, config, folder):
     """UserError if a resumed run would not be the same one."""
     ours = json.loads(json.dumps(asdict(config)))  # tuples become lists
     for f in fields(Config):
         same = ours[f.name] == saved.get(f.name)
-        expect(same or f.metadata["action"] or f.name in ("out", "memory"),
+        expect(same or f.metadata["action"] or f.name in MAY_CHANGE,
                f"{folder} was made with {f.name} = {saved.get(f.name)}, not {ours[f.name]}: drop "
                "the flag, or choose another --out for a new run")
 
@@ -2449,8 +2476,8 @@ def replace_file(path, write):
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        reason = f"cannot write {path} ({error})"
-        raise UserError(f"{reason}; make room, or choose another --out") from None
+        advice = "make room or check the permissions, or choose another --out"
+        raise UserError(f"cannot write {path} ({error}); {advice}") from None
 
 
 def write_json(path, content):
@@ -2470,6 +2497,8 @@ def load_file(path, kind):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = content["kind"]
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged or foreign file can fail in any way
         raise UserError(f"{path} is no {kind} of this program ({type(error).__name__})") from None
     expect(found == kind, f"{path} is a {found}: expected a {kind}")
@@ -2557,7 +2586,7 @@ class Progress:
         expect(finite == self.count,
                f"{self.name}: the loss is no finite number any more at step "
                f"{step - self.count + int(finite) + 1} of {self.steps} (learning rate {lr:.2g}): "
-               "lower --learning-rate or lengthen --warmup-epochs; the last checkpoint is kept")
+               "lower --learning-rate or lengthen --warmup-epochs; checkpoints are kept")
 
         # What happened since the last report, and how long all of it took.
         rate = (self.images - self.images_reported) / max(now - self.reported, 1e-9)
@@ -2883,12 +2912,13 @@ def begin(config, data=None):
     if data is None:
         data = load_data_in_turn(config)
     data = data.to(device, config.memory)
-    side = min(data.test_images.shape[2:])
-    expect(config.crop < side, f"--crop {config.crop}: expected less than {side}, the images' side")
 
     # What would fail in an hour shall fail now.
+    check_fits(config, data)
     if config.robustness and config.cifar10_c:
         load_cifar10_c(config.cifar10_c)
+        expect(config.dataset == "cifar10" or config.dataset not in DATASETS,
+               f"--cifar10-c shows the classes of cifar10, not of {config.dataset}: leave it out")
     if config.plot:
         figure_class()
 
@@ -2902,16 +2932,25 @@ def begin(config, data=None):
     return config, data, run
 
 
+def check_fits(config, data):
+    """UserError unless the options that have to do with the images' size fit the data."""
+    height, width = data.test_images.shape[2:]
+    side = min(height, width)
+    expect(config.crop < side, f"--crop {config.crop}: expected less than {side}, the images' side")
+    size = config.fix_resolution
+    expect(size is None or size > max(height, width),
+           f"--fix-resolution {size}: expected more than the images' {height} x {width} pixels")
+
+
 def load_data_in_turn(config):
     """load_data; of several processes the first goes ahead, so that only one downloads."""
-    if world_of()[1] == 1:
-        return load_data(config)
-    if world_of()[0] == 0:
-        data = load_data(config)
+    rank, world = world_of()
+    if rank > 0:
         dist.barrier()
-        return data
-    dist.barrier()
-    return load_data(config)
+    data = load_data(config)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    return data
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -2938,8 +2977,11 @@ def parse_args(argv=None):
     given = vars(namespace)
     if given.get("evaluate"):  # the configuration of the run that the network is from
         expect(Path(given["evaluate"]).exists(), f"--evaluate {given['evaluate']} does not exist")
-        given = saved_config(Path(given["evaluate"]).parent) | given
-        return Config(**given)
+        return Config(**saved_config(Path(given["evaluate"]).parent) | given)
+    if given.get("resume") and given.get("out") and not given.get("study"):
+        # Flags may repeat what the run has, but not change it.
+        return Config(**saved_config(given["out"]) | given)
+
     # A flag wins over the preset, and the preset over the default.
     recipe = recipe_of(given.get("preset", "demo"), given.get("dataset", "digits"))
     config = Config(**recipe | given)
@@ -2948,9 +2990,8 @@ def parse_args(argv=None):
     keeps = config.resume or config.study not in (None, "list")
     expect(config.out or not keeps,
            "--out none keeps no files, and --resume and --study need some: give a folder")
-    if config.resume and not config.study:  # flags may repeat what the run has, but not change it
-        given["out"] = config.out
-        return Config(**saved_config(config.out) | given)
+    if config.resume and not config.study:
+        return Config(**saved_config(config.out) | given | {"out": config.out})
     return config
 
 
@@ -3034,6 +3075,7 @@ def explain_unknown(unknown):
     flags = ["--" + f.name.replace("_", "-") for f in fields(Config)]
     flags += [flag.replace("--", "--no-") for flag in flags]
     wrong = next((word for word in unknown if word.startswith("-")), " ".join(unknown))
+    wrong = wrong.partition("=")[0]
     initials = {"--" + "".join(part[0] for part in flag[2:].split("-")): flag for flag in flags}
     near = difflib.get_close_matches(wrong, flags, n=1)
     meant = initials.get(wrong) or "".join(near)
@@ -3043,6 +3085,7 @@ def explain_unknown(unknown):
 def dry_run(config):
     """Print every value with its source, and the time that training would take here."""
     device = choose_device(config)
+    expect(world_of()[1] == 1, "--dry-run measures one process: start it without torchrun")
     recipe = recipe_of(config.preset, config.dataset)
     for f in fields(Config):
         if f.metadata["action"]:
@@ -3082,7 +3125,9 @@ def training_seconds(config, device, patience=2.0):
 
 
 def step_seconds(network, config, device, patience, with_unlabeled=True):
-    """Seconds of one train_step: after one to warm up, the median of `patience` seconds."""
+    """Seconds of one train_step on 32x32 images: after one to warm up, the median of `patience` s.
+    """
+    config = replace(config, crop=min(config.crop, 31))
     # Digits of the batch's size, and targets that need no teacher.
     images, labels = make_digits(400, 0)
     data = Data.from_arrays(images[:200], labels[:200], images[200:300], labels[200:300],
@@ -3150,28 +3195,35 @@ def act(config):
     """Do what the command line asks for."""
     # What needs no training.
     if config.draw:
-        draw(config.draw)
-    elif config.evaluate:
-        evaluate(config)
-    elif config.study == "list":
-        list_studies()
-    elif config.dry_run:
-        dry_run(config)
+        return draw(config.draw)
+    if config.evaluate:
+        return evaluate(config)
+    if config.study == "list":
+        return list_studies()
+    if config.dry_run:
+        return dry_run(config)
 
     # What does: a study, or the method itself.
-    elif config.study:
+    if config.study:
         expect(config.study in STUDIES, f"--study {config.study}: expected list or one of "
                f"{', '.join(STUDIES)}")
         run_study(config)
     else:
-        if config.steps >= 500:
-            seconds, _ = training_seconds(config, choose_device(config), patience=0.5)
-            print(f"expecting some {seconds / 60:.0f} minutes of training", flush=True)
+        announce_time(config)
         results = noisy_student(config)
         if world_of()[0] == 0:
             show_results(results)
     if config.plot and config.out and world_of()[0] == 0:
         draw(config.out)
+
+
+def announce_time(config):
+    """A line with the minutes that training will take; a folder's images have any size, and several
+    processes share the work: no line."""
+    device = choose_device(config)
+    if config.steps >= 500 and config.dataset in DATASETS and world_of()[1] == 1:
+        seconds, _ = training_seconds(config, device, patience=0.5)
+        print(f"expecting some {seconds / 60:.0f} minutes of training", flush=True)
 
 
 def keep_freed_memory():
@@ -3184,6 +3236,9 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     except (OSError, AttributeError, TypeError):  # no glibc
         pass
+
+
+NO_MEMORY = "out of memory|allocate memory|not enough memory"  # in PyTorch's words
 
 
 def show_warning(message, *_, **__):
@@ -3209,13 +3264,13 @@ def main(argv=None):
     except OSError as error:
         message = f"{error}: cannot be read or written; check --out and --data-dir"
     except (RuntimeError, MemoryError) as error:  # PyTorch's own is a RuntimeError, too
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not (isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error))):
             raise
         message = "out of memory: lower --batch, --ratio or --unlabeled, or choose smaller --models"
     except KeyboardInterrupt:
         status = 130
         message = "stopped"
-        if config and config.out and Path(config.out).exists():
+        if config and config.out and [*Path(config.out).glob("**/results.json")]:
             message += f"; go on with: python noisy_student.py --resume --out {config.out}"
             if config.study:
                 message += f" --study {config.study}, and the other flags as before"

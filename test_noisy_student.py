@@ -2800,6 +2800,27 @@ def test_a_teacher_near_chance_warns_and_a_better_one_does_not():
         assert all("student 7" in str(warning.message) for warning in caught)
 
 
+@pytest.mark.parametrize("right, warned", [(6, True), (7, False)])
+def test_of_two_classes_a_teacher_that_is_mostly_right_is_not_near_chance(right, warned):
+    data = replace(tagged_data(), num_classes=2, dev_labels=torch.arange(10) % 2,
+                   dev_images=tagged_data().dev_images[:1].repeat(10, 1, 1, 1))
+    said = data.dev_labels.clone()
+    said[right:] = 1 - said[right:]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(ns, "pseudo_label", lambda *arguments, **named: F.one_hot(said).float())
+        ns.warn_near_chance(None, data, config_of(), "student 1")
+    assert bool(caught) == warned
+
+
+def test_what_is_short_of_a_batch_by_per_class_alone_is_told_to_raise_it():
+    config = config_of(per_class=1, threshold=0.0)
+    teacher = right_on_dev(OPINION)
+    with pytest.raises(UserError) as problem:
+        ns.make_pseudo(teacher, tagged_data(), replace(config, batch=4, ratio=1), "student 1")
+    assert "--per-class" in str(problem.value) and "--threshold" not in str(problem.value)
+
+
 # ---- Fix-resolution fine-tune ----
 @pytest.fixture(scope="module")
 def fine_tuned():
@@ -3302,6 +3323,20 @@ def test_a_resumed_run_may_repeat_its_flags_but_not_change_them(whole, folder, c
     assert strict_json(whole.out / "results.json")["generations"] == whole.results["generations"]
 
 
+def test_a_resumed_run_may_find_its_data_elsewhere(tmp_path):
+    out = str(tmp_path / "run")
+    ns.Run(small_config(out=out))
+    ns.Run(small_config(out=out, resume=True, data_dir="elsewhere", device="cuda"))
+    with pytest.raises(UserError, match="steps"):
+        ns.Run(small_config(out=out, resume=True, steps=3))
+
+
+def test_a_resumed_run_may_repeat_a_flag_that_the_demo_would_not_take(tmp_path):
+    out = str(tmp_path / "run")
+    ns.Run(small_config(out=out, models=("nano", "nano"), warm_start=True))
+    assert ns.parse_args(["--resume", "--out", out, "--warm-start"]).models == ("nano", "nano")
+
+
 def test_an_out_that_holds_a_run_is_refused_without_resume(whole, folder, capsys):
     before = (whole.out / "results.json").read_bytes()
     assert ns.main(flags_of(folder, whole.out)) == 2
@@ -3590,6 +3625,17 @@ def test_two_processes_end_with_the_same_weights_and_one_results_file(folder, tm
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("world, measured", [(1, True), (2, False)])
+def test_the_time_is_measured_by_a_process_that_is_alone(world, measured, monkeypatch):
+    """Several would have to take the same steps of the same networks in the same order."""
+    notes = Notes()
+    monkeypatch.setattr(ns, "choose_device", ignore)
+    monkeypatch.setattr(ns, "world_of", lambda: (0, world))
+    monkeypatch.setattr(ns, "training_seconds", notes.stub("measured", (60.0, 1.0)))
+    ns.announce_time(Config(steps=600))
+    assert bool(notes.calls) == measured
+
+
 # ---- Every switch of Config changes what it says, and nothing else ----
 # field: (another value than that of BASE, the observations below that it changes)
 PICKS = {"labelled images", "unlabelled images"}
@@ -3847,7 +3893,7 @@ def probe_files(config, folder):
     place = folder / f"number {len(list(folder.iterdir()))}"
     seeds = []
 
-    def train_variants(study, config, generations):
+    def train_variants(study, config, generations, whole):
         seeds.append(config.seed)
         generations[config.seed] = [{"name": "filtered", "test_error": 0.5}]
 
@@ -3971,6 +4017,7 @@ BAD = {  # flags: what the message names
     "--threshold nan": "--threshold",
     "--ratio 0": "--ratio", "--batch 0": "--batch", "--batch 2.5": "--batch", "--seed -1": "--seed",
     "--magnitude -1": "--magnitude", "--magnitude 1e308": "--magnitude", "--crop 8": "--crop",
+    "--fix-resolution 8": "--fix-resolution", "--lr=0.1": "--learning-rate",
     "--survival 0": "--survival", "--survival 1.5": "--survival", "--dropout 1": "--dropout",
     "--labels 0": "--labels", "--labels 2": "2 labels", "--dev 0": "--dev", "--ema 1": "--ema",
     "--interval 0.5 0.2": "--interval", "--interval 0.5": "--interval",
@@ -4080,6 +4127,20 @@ def test_out_of_memory_is_one_line(error, folder, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(ns, "noisy_student", too_much)
     assert ns.main(flags_of(folder, tmp_path / "run")) == 2
     assert "--batch" in error_line(capsys)
+
+
+def test_another_error_that_speaks_of_memory_is_no_lack_of_it(folder, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(ns, "noisy_student", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        ns.main(flags_of(folder, tmp_path / "run"))
+
+
+def test_a_file_that_memory_does_not_hold_is_not_called_damaged():
+    with pytest.raises(MemoryError):
+        with ns.explained("a file", "fetch it again"):
+            raise MemoryError
 
 
 # ---- Studies ----
@@ -4219,6 +4280,43 @@ def test_only_the_variant_that_asks_for_it_is_fine_tuned(study):
     assert model is call_named(study.calls, "student", 0).model
 
 
+@pytest.mark.parametrize("name", ["size", "iteration", "warm-start"])
+def test_a_study_of_sizes_has_the_teacher_that_its_rows_are_named_after(name, study):
+    study.run(name, seeds=1, models=("tiny", "tiny", "tiny"))
+    assert call_named(study.calls, "teacher", 0).network == "nano"
+
+
+def test_a_study_loads_all_its_data_before_it_trains(study, monkeypatch):
+    def load(config):
+        if config.unlabeled_dataset:
+            raise UserError("not there")
+        return small_data()
+
+    monkeypatch.setattr(ns, "load_data", load)
+    with pytest.raises(UserError):
+        study.run("out-of-domain", seeds=1)
+    assert study.calls == []
+
+
+def test_the_table_of_a_study_grows_while_its_first_seed_goes_on(study, monkeypatch):
+    seen = []
+    train = ns.train_generation
+
+    def look(name, *arguments, **named):
+        if seen or name != "teacher":
+            seen.append(list(strict_json(Path(study.out, "study.json"))["rows"]))
+        return train(name, *arguments, **named)
+
+    monkeypatch.setattr(ns, "train_generation", look)
+    study.run("joint", seeds=1)
+    assert seen == [["teacher"], ["teacher", "joint"]]
+
+
+def test_a_fine_tune_of_every_variant_is_counted():
+    config = Config(models=("nano", "micro"), fix_resolution=40)
+    assert ns.study_size(ns.STUDIES["joint"], config) == 5  # a teacher, two students, twice
+
+
 def test_the_table_of_a_study_by_hand():
     errors = {0: {"teacher": 0.30, "joint": 0.20, "pretrain, then fine-tune": 0.26},
               3: {"teacher": 0.40, "joint": 0.10, "pretrain, then fine-tune": 0.20}}
@@ -4293,6 +4391,15 @@ class Interrupted(FakeTraining):
         if len(self.calls) == self.after:
             raise KeyboardInterrupt
         return super().__call__(*arguments, **named)
+
+
+@pytest.mark.parametrize("flags", [["--study", "list"], ["--dry-run"]])
+def test_what_trains_nothing_draws_nothing(flags, monkeypatch):
+    drawn = Notes()
+    monkeypatch.setattr(ns, "draw", drawn.stub("draw"))
+    monkeypatch.setattr(ns, "dry_run", ignore)
+    assert ns.main([*flags, "--plot"]) == 0
+    assert drawn.calls == []
 
 
 def test_study_list_names_all(capsys):
@@ -5162,7 +5269,8 @@ def test_flip_rates_are_those_of_perturbation_sequence():
     images, _, report = robust_measured()
     assert report["flip_rates"].keys() == ns.PERTURBATIONS.keys()
     for name in ("brightness", "scale"):
-        sequences = ns.perturbation_sequence(images[:10:2], name, 6).float()
+        starts = images[::2][::2][:5]  # 5, evenly spaced, of 12 that are so of all
+        sequences = ns.perturbation_sequence(starts, name, 6).float()
         classes = [robust_classifier(sequence).argmax(1) for sequence in sequences]
         expected = ns.flip_rate(torch.stack(classes))
         assert report["flip_rates"][name] == pytest.approx(expected)
@@ -5440,6 +5548,20 @@ def test_robustness_on_a_gpu(tmp_path):
 
 
 # ==== Data ========================================================================================
+
+def test_flip_rates_are_of_images_from_the_whole_set():
+    """Sorted by class, the first ones would be of one class."""
+    images = torch.arange(0, 240, 10, dtype=torch.uint8).view(24, 1, 1, 1).expand(24, 3, 16, 16)
+    seen = set()
+
+    def predict(x):
+        seen.update(x[:, 0, 8, 8].tolist()) if len(x) == 4 else None
+        return robust_classifier(x)
+
+    ns.robustness(predict, images, torch.zeros(24, dtype=torch.int64), num_images=24,
+                  num_sequences=4, frames=2, steps=1)
+    assert max(seen) >= 180 and min(seen) <= 10
+
 
 @dataclass
 class DataConfig:
@@ -6365,6 +6487,13 @@ def some_arrays(n=60, classes=3, size=(8, 10)):
     images = rng.integers(0, 256, (n, 3, *size), np.uint8)
     labels = np.arange(n) % classes
     return [images, labels, images[:20] // 2, labels[:20].copy()]
+
+
+def test_from_arrays_takes_mirrored_views():
+    arrays = some_arrays()
+    plain = ns.Data.from_arrays(*arrays, labels=9)
+    arrays[2] = arrays[2][:, ::-1].copy()[:, ::-1]  # as BGR images that are turned to RGB
+    assert equal_data(ns.Data.from_arrays(*arrays, labels=9), plain, TENSORS)
 
 
 def test_from_arrays_takes_numpy_torch_and_either_layout():

@@ -2975,12 +2975,15 @@ def parse_args(argv=None):
     namespace, unknown = parser.parse_known_args(argv)
     expect(not unknown, explain_unknown(unknown))
     given = vars(namespace)
-    if given.get("evaluate"):  # the configuration of the run that the network is from
+
+    # A run that is measured again or gone on with has its configuration in its folder. Flags may
+    # repeat it.
+    if given.get("evaluate"):
         expect(Path(given["evaluate"]).exists(), f"--evaluate {given['evaluate']} does not exist")
         return Config(**saved_config(Path(given["evaluate"]).parent) | given)
-    if given.get("resume") and given.get("out") and not given.get("study"):
-        # Flags may repeat what the run has, but not change it.
-        return Config(**saved_config(given["out"]) | given)
+    folder = given.get("out")
+    if given.get("resume") and folder not in (None, "auto") and not given.get("study"):
+        return Config(**saved_config(folder) | given)
 
     # A flag wins over the preset, and the preset over the default.
     recipe = recipe_of(given.get("preset", "demo"), given.get("dataset", "digits"))
@@ -3125,8 +3128,8 @@ def training_seconds(config, device, patience=2.0):
 
 
 def step_seconds(network, config, device, patience, with_unlabeled=True):
-    """Seconds of one train_step on 32x32 images: after one to warm up, the median of `patience` s.
-    """
+    """Seconds of one train_step on 32x32 images: after one to warm up, the median of those that are
+    begun in `patience` seconds."""
     config = replace(config, crop=min(config.crop, 31))
     # Digits of the batch's size, and targets that need no teacher.
     images, labels = make_digits(400, 0)

@@ -1078,7 +1078,7 @@ def run_study(config):
 def train_variants(study, config, generations, whole):
     """One seed of a study: the teacher (and control) once, then every variant's students.
 
-    config: of this seed; generations: seed -> records, to be added to; whole: the study's own."""
+    config: of this seed. generations: seed -> records; to be added to. whole: the Config of all."""
     config, data, run = begin(config)
     generations[config.seed] = run.generations
     total = config.seeds * study_size(study, config)
@@ -1090,7 +1090,8 @@ def train_variants(study, config, generations, whole):
         changed = replace(config, **changes)
         sets[variant] = data
         if changes.keys() & DATA_OPTIONS:
-            sets[variant] = load_data_in_turn(changed).to(data.labels.device, config.memory)
+            loaded = load_data_in_turn(changed)
+            sets[variant] = loaded.to(data.labels.device, config.memory)
         check_fits(changed, sets[variant])
 
     def train_next(name, network, data, config, **more):
@@ -1645,14 +1646,15 @@ def relative_robustness(report, reference):
     Left out, as there is nothing to divide by: corruptions in which the reference makes no error,
     perturbations in which it never flips. None where nothing is left.
     """
-    means = []
-    for part, mean in (("corruption_errors", mean_corruption_error),
-                       ("flip_rates", mean_flip_rate)):
-        out = zeros(reference[part])
-        base = {name: value for name, value in reference[part].items() if name not in out}
-        values = {name: value for name, value in report[part].items() if name not in out}
-        means.append(mean(values, base) if base else None)
-    return {"mce": means[0], "mfr": means[1]}
+    means = {"mce": ("corruption_errors", mean_corruption_error),
+             "mfr": ("flip_rates", mean_flip_rate)}
+    relative = {}
+    for name, (part, mean) in means.items():
+        left_out = zeros(reference[part])
+        base = {key: value for key, value in reference[part].items() if key not in left_out}
+        values = {key: value for key, value in report[part].items() if key not in left_out}
+        relative[name] = mean(values, base) if base else None
+    return relative
 
 
 def zeros(values):
@@ -3079,7 +3081,10 @@ def explain_unknown(unknown):
     flags += [flag.replace("--", "--no-") for flag in flags]
     wrong = next((word for word in unknown if word.startswith("-")), " ".join(unknown))
     wrong = wrong.partition("=")[0]
-    initials = {"--" + "".join(part[0] for part in flag[2:].split("-")): flag for flag in flags}
+    initials = {}
+    for flag in flags:
+        first_letters = [word[0] for word in flag[2:].split("-")]
+        initials["--" + "".join(first_letters)] = flag
     near = difflib.get_close_matches(wrong, flags, n=1)
     meant = initials.get(wrong) or "".join(near)
     return f"unknown argument {wrong}: " + (f"did you mean {meant}?" if meant else "see --help")
@@ -3221,9 +3226,11 @@ def act(config):
 
 
 def announce_time(config):
-    """A line with the minutes that training will take; a folder's images have any size, and several
-    processes share the work: no line."""
-    device = choose_device(config)
+    """A line with the minutes that training will take, where that is worth a measurement.
+
+    None for a folder, whose images have any size, or for several processes, which would have to
+    take the same steps at the same time."""
+    device = choose_device(config)  # with it the other processes are known
     if config.steps >= 500 and config.dataset in DATASETS and world_of()[1] == 1:
         seconds, _ = training_seconds(config, device, patience=0.5)
         print(f"expecting some {seconds / 60:.0f} minutes of training", flush=True)

@@ -84,8 +84,8 @@ class Config:
     preset: str = option("demo", "demo: sized for a laptop; paper: the official code's run of a "
                          "student on SVHN (adapted for CIFAR)", choices=("demo", "paper"))
     dataset: str = option("digits", "digits (generated), svhn, cifar10, cifar100, or a folder")
-    models: tuple[str, ...] = option(("nano", "micro", "tiny"), "the teacher, then its students "
-                                     "[v1: b7 b7 l0 l1 l2 l2; v2: b7 l2 l2 l2]")
+    models: tuple = option(("nano", "micro", "tiny"), "the teacher, then its students "
+                           "[v1: b7 b7 l0 l1 l2 l2; v2: b7 l2 l2 l2]")
     seed: int = option(0, "choice of labeled images, initial weights, noise, order", "[0, inf)")
     study: str | None = option(None, "run one of the paper's studies instead; list: name them")
     seeds: int = option(3, "seeds of a study, counted from --seed", "[1, inf)")
@@ -176,20 +176,17 @@ def flag(f):
 
 
 def kind_of(f):
-    """Return the type of a field that is not None: `int | None` gives int."""
-    optional = type(None) in typing.get_args(f.type)
-    return typing.get_args(f.type)[0] if optional else f.type
+    """Return the type of a field's values that are not None: `int | None` gives int."""
+    return typing.get_args(f.type)[0] if type(None) in typing.get_args(f.type) else f.type
 
 
 ACCEPTED = {str: (str, Path), bool: (bool, np.bool_), int: (int, np.integer),
-            float: (int, float, np.number)}
+            float: (int, float, np.number), tuple: (tuple, list)}
 
 
 def plain_value(f, value):
     """Return a value as the plain type of its field: np.int64(5) as 5, Path("x") as "x"."""
     kind = kind_of(f)
-    if f.name == "models":
-        return tuple(map(str, value))
     if value is None and kind is not f.type:
         return None
     require(isinstance(value, ACCEPTED[kind]), f"{flag(f)} is {value!r}: expected {kind.__name__}")

@@ -171,7 +171,8 @@ def source_index(name, strength, H, W, device):
 
     u = round_half_away(u).clamp(-1, W) + 1  # +1: the border
     v = round_half_away(v).clamp(-1, H) + 1
-    return (v * (W + 2) + u).long().to(device)
+    index = v * (W + 2) + u
+    return index.long().to(device)
 
 
 def take_pixels(pixels, index):
@@ -365,12 +366,10 @@ def draw_sheet(image):
     from matplotlib.figure import Figure
 
     scale = image.shape[3] / 224  # the default constants are made for ImageNet
+    constants = {"translate_const": 100 * scale, "cutout_const": 40 * scale}
     figure = Figure(figsize=(7, 22))
     for name, row in zip(OPS, figure.subplots(len(OPS))):
-        tiles = [
-            apply_op(image, name, level, translate_const=100 * scale, cutout_const=40 * scale)
-            for level in LEVELS
-        ]
+        tiles = [apply_op(image, name, level, **constants) for level in LEVELS]
         row.imshow(torch.cat(tiles, 3)[0].movedim(0, 2).numpy())
         row.set_title(f"{name} at levels {LEVELS}", size=8)
         row.axis("off")

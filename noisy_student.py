@@ -90,8 +90,8 @@ class Config:
     study: str | None = option(None, "run one of the paper's studies instead; list: name them")
     seeds: int = option(3, "seeds of a study, counted from --seed", "[1, inf)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    out: str | None = option("auto", "output folder (auto: below runs/, one for each configuration; "
-                             "none: no files)")
+    out: str | None = option("auto", "output folder (auto: below runs/, one per configuration; none: "
+                             "no files)")
     data_dir: str = option("data", "where the CIFAR and SVHN files lie or are downloaded to")
 
     # Data
@@ -132,7 +132,8 @@ class Config:
     num_ops: int = option(2, "RandAugment operations per image, 0: none [v4: 2]", "[0, inf)")
     magnitude: float = option(5.0, "RandAugment magnitude [v4: 27; code: none for B0, B1, then "
                               "B2 6 ... B7 27; SVHN 5]", "[0, 1000]")
-    cutout: int = option(4, "half the side of a further Cutout, 0: none [code, SVHN: 8]", "[0, 1000]")
+    cutout: int = option(4, "half the side of a further Cutout, 0: none [code, SVHN: 8]",
+                         "[0, 1000]")
     crop: int = option(2, "reflect-pad by so many pixels and crop at random, 0: none "
                        "[code, SVHN: 4]", "[0, 1000]")
     dropout: float | None = option(None, "drop rate before the last layer (none: the network's "
@@ -237,7 +238,7 @@ SVHN_RECIPE = dict(
 # ---- Algorithm 1 --------------------------------------------------------------------------- [v4]
 
 def noisy_student(config, data=None):
-    """Run the whole method: a supervised control, a teacher, then students, each taught by the last.
+    """Run the whole method: a supervised control, a teacher, and students, each taught by the last.
 
     config: Config. data: your own (Data.from_arrays), or None for the set that config names.
     Returns {"config": {...}, "generations": [{"name", "model", "dev_error", "test_error", ...}]},
@@ -2007,7 +2008,7 @@ def check_fits(config, data):
 
     # The pseudo labels have to fill a batch.
     batch = config.batch * config.ratio
-    count = len(data.unlabeled_images)
+    count = min(len(data.unlabeled_images), config.unlabeled or math.inf)
     if config.balance and config.per_class:
         count = config.per_class * data.num_classes
     require(count >= batch, f"a step takes {batch} unlabeled images and there are {count}: lower "
@@ -2043,6 +2044,8 @@ def open_folder(run):
     except BlockingIOError:
         raise UserError(f"another process writes to {run.folder}: wait for it, or choose another "
                         "--out") from None
+    for leftover in run.folder.glob("*.tmp"):  # of a killed process
+        leftover.unlink()
 
     ours = {"data": digest(run.data), **identity(run.config)}
     path = run.folder / "config.json"

@@ -386,12 +386,13 @@ def main(argv=None):
         SHEET.parent.mkdir(exist_ok=True)
         figure.savefig(SHEET, bbox_inches="tight")
     except ImportError:
-        print("error: the picture needs matplotlib: pip install matplotlib", file=sys.stderr)
-        return 2
+        message = "the picture needs matplotlib: pip install matplotlib"
     except (OSError, ValueError, EOFError, TypeError, IndexError) as error:
-        print(f"error: {path or SHEET}: {error}", file=sys.stderr)
-        return 2
-    return 0
+        message = f"{path or SHEET}: {error}"
+    else:
+        return 0
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ class Config:
     study: str | None = option(None, "run one of the paper's studies instead; list: name them")
     seeds: int = option(3, "seeds of a study, counted from --seed", "[1, inf)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    out: str | None = option("auto", "output folder (auto: below runs/, one per configuration; none: "
-                             "no files)")
+    out: str | None = option("auto", "output folder (auto: below runs/, one per configuration; "
+                             "none: no files)")
     data_dir: str = option("data", "where the CIFAR and SVHN files lie or are downloaded to")
 
     # Data
@@ -649,7 +649,7 @@ def pseudo_label(teacher, images, data, config, *, key="", batch=1000):
     else:
         model = noisy_copy(teacher)
 
-    statistics = teacher if hasattr(teacher, "mean") else data
+    statistics = statistics_of(teacher, data)
     device = next(model.parameters()).device
     pixels = images.shape[2] * images.shape[3]
     batch = max(1, batch * 1024 // pixels)  # as many pixels as that many 32x32 images
@@ -663,6 +663,11 @@ def pseudo_label(teacher, images, data, config, *, key="", batch=1000):
             logits = model(normalize(x, statistics))  # (N,K)
         probabilities.append(logits.float().softmax(1).cpu())
     return torch.cat(probabilities)
+
+
+def statistics_of(model, data):
+    """Return what has .mean and .std: the network, if it brings its own (load_model), or data."""
+    return model if hasattr(model, "mean") else data
 
 
 def noisy_copy(teacher):
@@ -1003,10 +1008,10 @@ def plus_minus(mean, std, sign=""):
 # ---- Measurements --------------------------------------------------------------------------------
 
 def measure(model, data, config, control_wrong=None):
-    """Errors of an un-noised network, ready for JSON, and which test images it gets wrong: (T,).
+    """Return errors of an un-noised network, ready for JSON, and its mistakes on the test images.
 
-    control_wrong: the latter of the control, whose mistakes are an ImageNet-A for small images.
-    None: the network is the control itself."""
+    control_wrong: the mistakes of the control, bool (T,), an ImageNet-A for small images. None: the
+    network is the control itself."""
     labels = data.test_labels.cpu()  # (T,)
     wrong = predict(model, data.test_images, data, config) != labels  # (T,)
     per_class = [share(wrong[labels == k]) for k in range(data.num_classes)]
@@ -1020,18 +1025,18 @@ def measure(model, data, config, control_wrong=None):
 
 
 def share(mask):
-    """The share of True in a bool tensor; None if it is empty, because JSON has no nan."""
+    """Return the share of True in a bool tensor; None if it is empty, as JSON has no nan."""
     return mask.double().mean().item() if len(mask) else None
 
 
 def measure_robustness(model, data, config):
-    """The report of robustness() on a network and its data, or the files of CIFAR-10-C."""
+    """Return the report of robustness() on the test images, or on the files of CIFAR-10-C."""
     model = fold_batchnorm(model)
 
     # Attacks are in gray levels, so normalization is a part of what they attack.
     def logits_of(x):  # (N,3,H,W) in 0-255 -> (N,K)
         with precision(x.device, config):
-            return model(normalize(x, data)).float()
+            return model(normalize(x, statistics_of(model, data))).float()
 
     files = load_cifar10_c(config.cifar10_c) if config.cifar10_c else None
     return robustness(logits_of, data.test_images, data.test_labels, files)
@@ -1069,7 +1074,7 @@ PERTURBATIONS = {
 
 
 def corrupt(images, name, severity, generator=None):
-    """Corruption `name` of uint8 images (N,C,H,W), at severity 1 to 5; draws are per image."""
+    """Corrupt uint8 images (N,C,H,W), at severity 1 to 5, each with random draws of its own."""
     require(name in CORRUPTIONS and severity in range(1, 6), f"corruption {name!r}, severity "
             f"{severity}: expected one of {', '.join(CORRUPTIONS)}, and 1 to 5")
     value = CORRUPTIONS[name][severity - 1]
@@ -1163,7 +1168,7 @@ def fog(x, amount, decay, generator):
 
 
 def pixelate_rows(x, factor):
-    """Fewer rows and as many again, as by Pillow's BOX resize: means of the rows of one window."""
+    """Shrink to fewer rows and back, as Pillow's BOX resize does: by means of neighboring rows."""
     height = x.shape[2]
     windows = int(height * factor)
     center = (torch.arange(height) + 0.5) * windows / height
@@ -1199,7 +1204,9 @@ def move(x, name, amount):
 
 
 def flip_rate(predictions, noise=False):
-    """Share of frames (sequences, frames) that differ from the one before; for noise, the first."""
+    """Return the share of predictions that differ from that of the frame before.
+
+    predictions: (sequences, frames). noise: compare with the first, clean frame instead."""
     classes = torch.as_tensor(predictions)
     before = classes[:, :1] if noise else classes[:, :-1]
     flips = classes[:, 1:] != before  # (sequences, frames - 1)
@@ -1207,7 +1214,7 @@ def flip_rate(predictions, noise=False):
 
 
 def mean_flip_rate(rates, reference):
-    """mFR = mean over perturbations p of 100 rates[p] / reference[p].
+    """Return mFR, the mean over perturbations p of 100 rates[p] / reference[p].
 
     Left out, as there is nothing to divide by: where the reference is zero. None if all are."""
     names = [name for name in rates if reference[name] > 0]
@@ -1216,7 +1223,7 @@ def mean_flip_rate(rates, reference):
 
 
 def mean_corruption_error(errors, reference):
-    """mCE = mean over corruptions c of 100 sum_s errors[c][s] / sum_s reference[c][s].
+    """Return mCE, the mean over corruptions c of 100 sum_s errors[c][s] / sum_s reference[c][s].
 
     s: severities 1-5. Where the reference makes no error, c is left out as in mean_flip_rate."""
     sums = {name: sum(five) for name, five in errors.items()}
@@ -1225,19 +1232,19 @@ def mean_corruption_error(errors, reference):
 
 
 def relative_robustness(report, reference):
-    """mCE and mFR of a report of robustness() against another; 100 is as robust as that."""
+    """Return mCE and mFR of a report of robustness() against another; 100 is as robust."""
     mce = mean_corruption_error(report["corruption_errors"], reference["corruption_errors"])
     mfr = mean_flip_rate(report["flip_rates"], reference["flip_rates"])
     return {"mce": mce, "mfr": mfr}
 
 
 def fgsm(logits_of, images, labels, epsilon):
-    """x + epsilon sign(dCE/dx), within [0,255]: a single full step of pgd, arguments as there."""
+    """Return x + epsilon sign(dCE/dx), within [0,255]: one full step of pgd, arguments as there."""
     return pgd(logits_of, images, labels, epsilon, steps=1, step_size=epsilon)
 
 
 def pgd(logits_of, images, labels, epsilon, steps=10, step_size=None):
-    """Steps up the cross-entropy, within epsilon of the images (L-infinity) and within [0,255].
+    """Climb the cross-entropy, within epsilon of the images (L-infinity) and within [0,255].
 
     logits_of: float images (N,C,H,W), 0-255 -> logits (N,K); images: such floats; labels: (N,);
     epsilon, step_size: in gray levels -> attacked images. The step, epsilon 1 and no random start
@@ -1260,7 +1267,7 @@ def pgd(logits_of, images, labels, epsilon, steps=10, step_size=None):
 
 @torch.no_grad()
 def robustness(logits_of, images, labels, cifar10_c=None, seed=0):
-    """The paper's robustness measures on uint8 images (N,C,H,W), ready for JSON; see the end.
+    """Return the paper's robustness measures on uint8 images (N,C,H,W), ready for JSON.
 
     logits_of: as for pgd; labels: (N,), on the device to compute on; cifar10_c: what
     load_cifar10_c returns, to be used in place of corrupt(images)."""
@@ -1304,20 +1311,20 @@ def robustness(logits_of, images, labels, cifar10_c=None, seed=0):
 
 
 def evenly_spaced(images, count):
-    """`count` of the images, evenly spaced over all of them; all where there are fewer."""
+    """Return `count` of the images, evenly spaced over all of them, or all if there are fewer."""
     count = min(count, len(images))
     rows = torch.arange(count) * len(images) // count  # (count,)
     return images[rows]
 
 
 def error_of(logits_of, images, labels):
-    """Share of images (N,C,H,W), 0-255, that get another class than labels (N,)."""
+    """Return the share of images (N,C,H,W), 0-255, whose predicted class is not their label."""
     classes = logits_of(images.float()).argmax(1)
     return share(classes != labels.to(classes.device))
 
 
 def robustness_table(reports):
-    """{name: report of robustness()} as text, mCE and mFR relative to the first, the control."""
+    """Return {name: report of robustness()} as text; mCE and mFR relate to the first report."""
     reference, *_ = reports.values()
     rows = [["error in %", "clean", "FGSM 2", "FGSM 4", "FGSM 8", "FGSM 16", "PGD", "mCE", "mFR"]]
     for name, report in reports.items():
@@ -1330,7 +1337,7 @@ def robustness_table(reports):
 
 
 def load_cifar10_c(folder):
-    """CIFAR-10-C's files: images (5n,32,32,3), the same n at severities 1-5, and labels.npy (5n,).
+    """Read CIFAR-10-C: files of (5n,32,32,3), the same n images at severities 1-5, and labels.npy.
 
     -> {name of CIFAR10_C: uint8 (5,N,3,32,32)}, labels (N,), N = ROBUSTNESS_IMAGES of the n.
     Raise UserError, with its path, if a file is missing, damaged or of another shape."""
@@ -2029,7 +2036,7 @@ def identity(config):
 
 
 def output_folder(config):
-    """Return what --out auto means: a folder for each configuration, and in it one for each seed."""
+    """Return what --out auto means: a folder for each configuration, in it one for each seed."""
     digest = hashlib.sha256(repr(identity(replace(config, seed=0))).encode()).hexdigest()
     folder = f"runs/{Path(config.dataset).name}-{digest[:6]}"
     return folder if config.study else f"{folder}/seed{config.seed}"
@@ -2443,7 +2450,7 @@ NO_MEMORY = "out of memory|allocate memory|not enough memory"  # in PyTorch's wo
 
 
 def main(argv=None):
-    """Run the command line; return 0 when done, 2 after an error of the user's, 130 after Ctrl-C."""
+    """Run the command line; return 0 when done, 2 after a user's error, 130 after Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare_output()
     warnings.showwarning = show_warning

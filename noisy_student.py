@@ -109,9 +109,10 @@ class Config:
                         "v1: 3 for B1 to B7, 1 for B0; code, SVHN: 5]", "[1, inf)")
     steps: int = option(1400, "steps of each network [code, SVHN: 109,474]", "[1, inf)")
     learning_rate: float = option(0.128, "peak, per 256 labeled images [v4: 0.016 per 256, which "
-                                  "is its 0.128 per 2048]", "(0, inf)")
-    epochs: float = option(350.0, "nominal epochs that --steps stand for in the schedule [v4: 350, "
-                           "for small networks 700; code, SVHN: 202.33]", "(0, inf)")
+                                  "is its 0.128 per 2048; code, SVHN: 0.016]", "(0, inf)")
+    epochs: float = option(350.0, "epochs that the schedule divides --steps into, whatever the "
+                           "number of images [v4: 350, for small networks 700; code, SVHN: 202.33]",
+                           "(0, inf)")
     warmup_epochs: float = option(300.0, "epochs of linear warm-up [code: 5]", "[0, inf)")
     decay_epochs: float = option(4.8, "epochs between falls of the rate by 3% [v4: 2.4 of 350, 4.8 "
                                  "of 700]", "(0, inf)")
@@ -249,7 +250,7 @@ def noisy_student(config, data=None):
     last = f"student {len(networks) - 1}"
 
     # The control is the last student's run with the unlabeled part left out: the same network,
-    # initial weights (they follow from `key`; only a student can be warm-started), order of the
+    # initial weights (both have the same `key`; a warm start is the student's alone), order of the
     # labeled images, steps and schedule. With fewer images in a batch, the random numbers of the
     # noise differ, and batch-norm statistics and loss are those of the labeled images only.
     train_generation(run, "supervised", networks[-1], key=last)
@@ -274,11 +275,12 @@ def train_generation(run, name, network, teacher=None, key=None):
 
     name: of the generation. network: a name in FAMILY. teacher: the network that labels the
     unlabeled images; None: train on the labeled ones only. key: seeds initial weights, noise,
-    balancing and the order of the unlabeled images (default: name)."""
+    balancing and the order of the unlabeled images (default: name; the control borrows the last
+    student's)."""
     data, config = run.data, run.config
     key = key or name
     model = build(network, data, config, key)
-    if run.is_finished(name):  # the same command was interrupted later than this
+    if run.is_finished(name):  # by an earlier command: read its weights into this model
         return run.load(name, model)
 
     # Step 2: pseudo labels for the unlabeled images.
@@ -336,11 +338,12 @@ def train(model, data, config, pseudo=None, *, steps=None, start=0, key="", prog
             group["lr"] = lr
 
         # The batch: labeled images, then unlabeled ones. The order of the labeled images follows
-        # from the seed alone: the control sees the same.
+        # from the seed alone: the control sees the same. (To spell "labelled" otherwise would
+        # change the order, and with it all published figures.)
         batch_l, batch_u = batch_sizes(config, pseudo, step / steps)
         rows_l = batch_rows(len(data.labels), batch_l, step, config.seed, "labelled")
-        picks = batch_rows(len(pseudo.rows), batch_u, step, config.seed, key)  # of balanced rows
-        rows_u = pseudo.rows[picks]  # which images these are
+        places = batch_rows(len(pseudo.rows), batch_u, step, config.seed, key)  # in pseudo.rows
+        rows_u = pseudo.rows[places]  # and the images that stand there
         images_l = gather(data.labeled_images, rows_l, device)  # (B,3,H,W)
         images_u = gather(data.unlabeled_images, rows_u, device)  # (U,3,H,W)
         labels = gather(data.labels, rows_l, device)  # (B,)
@@ -380,8 +383,8 @@ def train_step(forward, optimizer, images_l, target_l, images_u, target_u, data,
     with precision(x.device, config):
         logits = forward(x) if config.unlabeled_model_noise else forward(x, B)  # (B+U,K)
 
-    # The loss: cross-entropy, averaged over each part, and the parts weighted. Of one part alone
-    # (no pseudo labels, or joint=False) it is the mean.
+    # The loss: cross-entropy, averaged over each part, and the parts weighted. If a step has only
+    # one kind of image (no pseudo labels, or joint=False), it is the mean of that part.
     target = torch.cat([target_l, target_u])  # (B+U,K)
     require(logits.shape == target.shape, f"the network's output is {tuple(logits.shape)}: "
             f"expected {tuple(target.shape)}, one logit per class")
@@ -704,7 +707,7 @@ def keep_confident(probabilities, threshold, below=None):
 
 def filter_and_balance(probabilities, threshold, per_class, generator=None, *, balance=True,
                        below=None):
-    """Return rows to train on, int64, any number, copies included, from probabilities (M,K) [v4].
+    """Choose rows to train on (int64, any number, some repeated) by probabilities (M,K) [v4].
 
     threshold: 0.3 in the paper.
     Of the images that keep_confident keeps, take each predicted class's `per_class` most confident
@@ -746,7 +749,7 @@ def make_pseudo(teacher, data, config, key=""):
     confidence, label = probabilities.max(1)  # (M,), (M,)
 
     generator = torch.Generator().manual_seed(seed_of(config.seed, key, "balance"))
-    kept = keep_confident(probabilities, config.threshold, config.below)
+    kept = keep_confident(probabilities, config.threshold, config.below)  # to be counted
     rows = filter_and_balance(probabilities, config.threshold, config.per_class, generator,
                               balance=config.balance, below=config.below)
 
@@ -839,8 +842,9 @@ def fine_tune_generation(run, name, model):
 
 
 # ---- Studies -------------------------------------------------------------------------------------
-# As in the paper, all variants of a study are students of one and the same teacher, one per seed.
-# Predict what comes out before you run one.
+# As in the paper, all variants of a study are students of one and the same teacher, one per seed;
+# `main` and `iteration` are whole chains. Predict what comes out before you run one. The comments
+# say what the paper found.
 
 class Study(typing.NamedTuple):
     """An experiment of the paper, as changes of Config.
@@ -855,8 +859,8 @@ class Study(typing.NamedTuple):
 
 
 STUDIES = {
-    # Every student is better than its teacher, the last one best.
-    "main": Study("Algorithm 1 [v4]", paper={"supervised": "85.5 (L2)", "student 2": "88.4 (L2)"}),
+    # In the paper every student is better than its teacher; the last one, an L2, has 88.4.
+    "main": Study("Algorithm 1 [v4]", paper={"supervised": "85.5 (L2)"}),
 
     # All noise on the student, none on the teacher. Removed on the unlabeled images only, as there.
     "table6": Study(
@@ -873,9 +877,9 @@ STUDIES = {
         "table 7: L2 [v4]", base=dict(models=("nano", "micro", "tiny", "tiny")),
         paper={"student 1": "87.6", "student 2": "88.1", "student 3": "88.4"}),
 
-    # There hard labels hurt where confidence is low and are as good where it is high; with a larger
-    # teacher they do as well everywhere. Their intervals are 0.1 wide, with equal numbers of images
-    # drawn from each; ours have as many as they have.
+    # In the paper hard labels hurt where confidence is low and are as good where it is high; with a
+    # larger teacher they do as well everywhere. Its intervals are 0.1 wide, with equal numbers of
+    # images drawn from each; ours keep all images that fall into them.
     "labels": Study(
         "soft and hard pseudo labels by confidence: B0 [v1]",
         variants={"soft": {}, "hard": dict(hard=True),
@@ -1448,7 +1452,7 @@ class Data:
         if unlabeled_images is None:
             require(num_labeled < len(rows), f"no unlabeled images beside {num_labeled} labels: "
                     "lower labels, or give some (unlabeled_images, --unlabeled-dataset, --extra)")
-            unlabeled_images, _ = select(rows[num_labeled:], images, classes)
+            unlabeled_images, _ = select(rows[num_labeled:], images, classes)  # labels are dropped
         pool, _ = as_arrays(unlabeled_images)
 
         sizes = [array.shape[2:] for array in (images, pool, dev_images, test_images)]
@@ -1867,21 +1871,22 @@ def enlarge(x):
     return F.interpolate(x, (32, 32), mode="bicubic", align_corners=True)
 
 
-# The presets are changes of Config's defaults. Those of the demo are ours: the digits' was chosen
-# on dev, CIFAR-10's on dev of one seed (schedule and number of operations for the control, T for a
-# student), and the others by analogy. Those of the paper are the official run on SVHN, on CIFAR
-# with as many labels as in its demo, and without extra images.
+# The presets are changes of Config's defaults. Those of the demo are ours, chosen on dev: the
+# schedule for the control, networks and T for a student; CIFAR-100's by analogy. Those of the paper
+# are the official run on SVHN, on CIFAR with as many labels as in its demo and no extra images.
 DEMO = dict(labels=4000, dev=2000, test=None, unlabeled=None, models=("tiny", "tiny", "tiny"),
             batch=16, steps=10000, ratio=2, warmup_epochs=150)
 CIFAR = DEMO | dict(num_ops=1, temperature=0.5)
 PAPER = SVHN_RECIPE | dict(labels=4000, dev=5000, extra=False)
 HUNDRED = dict(labels=10000)
+SVHN = DEMO | dict(labels=1000, dev=4000, models=("nano", "micro", "tiny"), batch=32, ratio=1,
+                   steps=3000, warmup_epochs=250, temperature=0.5)
 read_cifar10 = functools.partial(read_cifar, "cifar-10-binary.tar.gz", 1)
 read_cifar100 = functools.partial(read_cifar, "cifar-100-binary.tar.gz", 2)
 DATASETS = {
     "digits": DataSet(read_digits, demo={}),
     "svhn": DataSet(
-        read_svhn, demo=DEMO | dict(labels=1000, dev=4000), paper=SVHN_RECIPE, extra=True,
+        read_svhn, demo=SVHN, paper=SVHN_RECIPE, extra=True,
         statistics=((0.4376821, 0.4437697, 0.47280442),  # [code]
                     (0.19803012, 0.20101562, 0.19703614))),
     "cifar10": DataSet(read_cifar10, demo=CIFAR, paper=PAPER, flip=True),
@@ -1928,6 +1933,9 @@ class Run:
         saved = read_file(self.path(name))
         model.load_state_dict(saved["weights"])
         say(f"{self.path(name)} was trained before; for a new run choose another --out")
+        if "supervised" in self.finished:
+            mistakes = self.finished["supervised"]["wrong"]
+            saved["record"]["control_mistakes_error"] = share(saved["wrong"][mistakes])
         if self.config.robustness and not saved["record"]["robustness"]:
             saved["record"]["robustness"] = measure_robustness(model, self.data, self.config)
             write_file(self.path(name), saved)
@@ -2105,7 +2113,7 @@ def load_model(path):
     return model.eval().requires_grad_(False)
 
 
-SAVE_SECONDS = 60.0  # what a killed run loses at most
+SAVE_SECONDS = 60.0  # between checkpoints
 
 
 class Progress:

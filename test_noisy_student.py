@@ -1679,7 +1679,7 @@ def test_the_table_of_a_study_has_paired_differences():
 # ---- Command line ----
 
 def parsed(name, *values):
-    return getattr(ns.parse_args(["--dataset", "svhn", FLAGS[name], *values]), name)
+    return getattr(ns.parse_args(["--dataset", "cifar10", FLAGS[name], *values]), name)
 
 
 def test_every_field_has_a_flag_which_wins_over_preset_and_default(capsys):

@@ -1392,7 +1392,8 @@ def arguments_of(function, patch, interrupts=()):
 
 def start(code, *args, **environment):
     """Start a process that knows this file as `tests`, and runs the code."""
-    code = f"import os, sys, torch, {Path(__file__).stem} as tests\n{code}"
+    imports = f"import os, sys, torch, {Path(__file__).stem} as tests\ntorch.set_num_threads(1)\n"
+    code = imports + code
     return subprocess.Popen([sys.executable, "-c", code, *args], cwd=HERE, text=True,
                             env=os.environ | environment, stdin=subprocess.PIPE,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

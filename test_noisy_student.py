@@ -1645,10 +1645,17 @@ def test_a_study_without_variants_is_algorithm_1_on_each_seed(arrays, tmp_path, 
     quietly(ns.run_study, study_config(arrays, tmp_path / "study", "balance"))
     assert len(steps) == 2 * 2
 
+    # Elsewhere, a study's teacher and control are the same networks.
+    quietly(ns.run_study, study_config(arrays, tmp_path / "other", "table6"))
+    main = contents(tmp_path / "study/seed0")
+    other = contents(tmp_path / "other/seed0")
+    for ours, theirs in (("teacher", "teacher"), ("supervised", "control_of_student_1")):
+        assert main[f"{ours}.pt"]["weights"] == other[f"{theirs}.pt"]["weights"]
+
 
 def test_studies_have_their_base_and_their_amount_of_data(arrays, tmp_path, monkeypatch):
     steps = arguments_of(ns.train_step, monkeypatch)
-    quietly(ns.run_study, study_config(arrays, tmp_path, "size"))
+    quietly(ns.run_study, study_config(arrays, tmp_path, "size", models=("micro", "micro")))
     [folder] = tmp_path.glob("*seed0")
     assert {saved["network"] for saved in contents(folder).values()} == {"nano", "tiny"}
     assert len(steps) == 3 * 2

@@ -66,10 +66,9 @@ def require(condition, message):
 # ---- Configuration -------------------------------------------------------------------------------
 
 def option(default, source, within=None, choices=None):
-    """Make a field of Config, and thereby a flag of the command line.
+    """Make a field of Config, which is also a flag of the command line.
 
-    source: the help text, which names in brackets where the value is stated. within: the interval
-    of allowed values, as text."""
+    source: the help text, with the paper's value in brackets. within: the allowed interval."""
     return field(default=default, metadata=dict(source=source, within=within, choices=choices))
 
 
@@ -77,12 +76,12 @@ def option(default, source, within=None, choices=None):
 class Config:
     """One run. The defaults are the demo on digits, chosen on its dev set.
 
-    Every field is a flag: --steps N, --balance / --no-balance, ... On the command line `none` or
-    `all` stand for None. UserError for a value of the wrong type or out of its range."""
+    Every field is a flag: --steps N, --balance / --no-balance, ... Numbers may be given as text,
+    and `none` or `all` for None. UserError for a value of the wrong type or out of its range."""
 
     # What runs
-    preset: str = option("demo", "demo: sized for a laptop; paper: the official code's run of a "
-                         "student on SVHN (adapted for CIFAR)", choices=("demo", "paper"))
+    preset: str = option("demo", "demo: for a laptop; paper: the official run of a student on SVHN",
+                         choices=("demo", "paper"))
     dataset: str = option("digits", "digits (generated), svhn, cifar10, cifar100, or a folder")
     models: tuple = option(("nano", "micro", "tiny"), "the teacher, then its students "
                            "[v1: b7 b7 l0 l1 l2 l2; v2: b7 l2 l2 l2]")
@@ -90,8 +89,7 @@ class Config:
     study: str | None = option(None, "run one of the paper's studies instead; list: name them")
     seeds: int = option(3, "seeds of a study, counted from --seed", "[1, inf)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    out: str | None = option("auto", "output folder (auto: below runs/, one per configuration; "
-                             "none: no files)")
+    out: str | None = option("auto", "output folder (auto: below runs/; none: no files)")
     data_dir: str = option("data", "where the CIFAR and SVHN files lie or are downloaded to")
 
     # Data
@@ -104,15 +102,14 @@ class Config:
     extra: bool = option(False, "SVHN: its 531,131 extra images are the unlabeled ones [code]")
 
     # Training
-    batch: int = option(24, "labeled images per step, B [v4: 2048; code, SVHN: 128]", "[1, inf)")
+    batch: int = option(24, "labeled images per step, B [v4: 2048; code, SVHN: 128]", "[2, inf)")
     ratio: int = option(1, "unlabeled images per labeled one in a step, r [v4: 14, 28 for L2; "
                         "v1: 3 for B1 to B7, 1 for B0; code, SVHN: 5]", "[1, inf)")
     steps: int = option(1400, "steps of each network [code, SVHN: 109,474]", "[1, inf)")
-    learning_rate: float = option(0.128, "peak, per 256 labeled images [v4: 0.016 per 256, which "
-                                  "is its 0.128 per 2048; code, SVHN: 0.016]", "(0, inf)")
-    epochs: float = option(350.0, "epochs that the schedule divides --steps into, whatever the "
-                           "number of images [v4: 350, for small networks 700; code, SVHN: 202.33]",
-                           "(0, inf)")
+    learning_rate: float = option(0.128, "peak, per 256 labeled images [v4: 0.016 (0.128 per "
+                                  "2048); code, SVHN: 0.016]", "(0, inf)")
+    epochs: float = option(350.0, "epochs of the schedule that --steps are divided into [v4: 350, "
+                           "small networks 700; code, SVHN: 202.33]", "(0, inf)")
     warmup_epochs: float = option(300.0, "epochs of linear warm-up [code: 5]", "[0, inf)")
     decay_epochs: float = option(4.8, "epochs between falls of the rate by 3% [v4: 2.4 of 350, 4.8 "
                                  "of 700]", "(0, inf)")
@@ -125,7 +122,7 @@ class Config:
     loss: str = option("average", "sum: L_lab + L_unl [v4, Algorithm 1]; average: (L_lab + "
                        "r L_unl)/(1 + r) [v4, text]; ratio: L_lab + r L_unl [code]",
                        choices=("sum", "average", "ratio"))
-    joint: bool = option(True, "both kinds of images in every step; off: pretrain on the "
+    joint: bool = option(True, "labeled and unlabeled images in every step; off: pretrain on the "
                          "unlabeled, then fine-tune on the labeled [v1]")
     warm_start: bool = option(False, "start a student from the weights of its teacher [v4]")
 
@@ -133,16 +130,14 @@ class Config:
     num_ops: int = option(2, "RandAugment operations per image, 0: none [v4: 2]", "[0, inf)")
     magnitude: float = option(5.0, "RandAugment magnitude [v4: 27; code: none for B0, B1, then "
                               "B2 6 ... B7 27; SVHN 5]", "[0, 1000]")
-    cutout: int = option(4, "half the side of a further Cutout, 0: none [code, SVHN: 8]",
-                         "[0, 1000]")
-    crop: int = option(2, "reflect-pad by so many pixels and crop at random, 0: none "
-                       "[code, SVHN: 4]", "[0, 1000]")
-    dropout: float | None = option(None, "drop rate before the last layer (none: the network's "
-                                   "own) [v4: 0.5]", "[0, 1)")
+    cutout: int = option(4, "half the side of a further Cutout [code, SVHN: 8]", "[0, 1000]")
+    crop: int = option(2, "pixels to reflect-pad before a random crop [code, SVHN: 4]", "[0, 1000]")
+    dropout: float | None = option(None, "drop rate before the last layer (none: the network's) "
+                                   "[v4: 0.5]", "[0, 1)")
     survival: float = option(0.8, "stochastic depth: block i of N, from 0, survives with 1 - (1 - "
                              "this) i/N [code; v4: 0.8 at the last block]", "(0, 1]")
-    unlabeled_augment: bool = option(True, "input noise on the unlabeled images [table 6]; off "
-                                     "leaves off crop and flip, too (which the code keeps)")
+    unlabeled_augment: bool = option(True, "input noise on unlabeled images [table 6]; off drops "
+                                     "crop and flip, too (which the code keeps)")
     unlabeled_model_noise: bool = option(True, "dropout and stochastic depth on them [table 6]")
     noisy_teacher: bool = option(False, "label with the noise on [table 6]")
 
@@ -158,7 +153,7 @@ class Config:
 
     # Afterwards; machine
     fix_resolution: int | None = option(None, "fine-tune for 1.5 epochs at this larger size in "
-                                        "pixels (none: do not) [v4]", "[1, inf)")
+                                        "pixels [v4]", "[1, inf)")
     robustness: bool = option(True, "measure corruptions, perturbations and attacks [v4]")
     cifar10_c: str | None = option(None, "folder of CIFAR-10-C, used in place of our corruptions")
     amp: bool = option(True, "bfloat16 autocast on a GPU")
@@ -166,9 +161,7 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value = plain_value(f, getattr(self, f.name))
-            object.__setattr__(self, f.name, value)
-            check_option(f, value)
+            object.__setattr__(self, f.name, checked_value(f, getattr(self, f.name)))
         check_chain(self.models, self.warm_start)
 
 
@@ -177,35 +170,34 @@ def flag(f):
     return "--" + f.name.replace("_", "-")
 
 
-def kind_of(f):
-    """Return the type of a field's values that are not None: `int | None` gives int."""
-    return typing.get_args(f.type)[0] if type(None) in typing.get_args(f.type) else f.type
+ACCEPTED = {str: (str, Path), bool: (bool, np.bool_), int: (int, np.integer, str),
+            float: (int, float, np.number, str), tuple: (tuple, list)}
 
 
-ACCEPTED = {str: (str, Path), bool: (bool, np.bool_), int: (int, np.integer),
-            float: (int, float, np.number), tuple: (tuple, list)}
+def checked_value(f, value):
+    """Return a value in the plain type of its field: "5" and np.int64(5) as 5, "none" as None.
 
-
-def plain_value(f, value):
-    """Return a value as the plain type of its field: np.int64(5) as 5, Path("x") as "x"."""
-    kind = kind_of(f)
-    if value is None and kind is not f.type:
+    UserError unless it is of that type and among the field's choices or in its interval."""
+    kind, *optional = typing.get_args(f.type) or [f.type]
+    if optional and value in (None, "none", "all"):
         return None
-    require(isinstance(value, ACCEPTED[kind]), f"{flag(f)} is {value!r}: expected {kind.__name__}")
-    return kind(value)
 
+    wrong = f"{flag(f)} is {value!r}: expected "
+    try:
+        require(isinstance(value, ACCEPTED[kind]) and value != "", wrong + kind.__name__)
+        value = kind(value)
+    except ValueError:
+        raise UserError(wrong + kind.__name__) from None
 
-def check_option(f, value):
-    """Raise UserError unless the value is among the field's choices or in its interval."""
     choices, interval = f.metadata["choices"], f.metadata["within"]
-    require(value != "", f"{flag(f)} is empty: give a value, or leave the flag out")
     if choices:
-        require(value in choices, f"{flag(f)} is {value}: expected one of {', '.join(choices)}")
-    if interval and value is not None:
-        low, high = (float(end) for end in interval[1:-1].split(","))
+        require(value in choices, wrong + "one of " + ", ".join(choices))
+    if interval:
+        low, high = map(float, interval[1:-1].split(","))
         above = value > low or (value == low and interval[0] == "[")
         below = value < high or (value == high and interval[-1] == "]")
-        require(above and below, f"{flag(f)} is {value}: expected a number in {interval}")
+        require(above and below, wrong + f"a number in {interval}")
+    return value
 
 
 def check_chain(models, warm_start):
@@ -344,11 +336,11 @@ def train(model, data, config, pseudo=None, *, steps=None, start=0, key="", prog
         rows_l = batch_rows(len(data.labels), batch_l, step, config.seed, "labelled")
         places = batch_rows(len(pseudo.rows), batch_u, step, config.seed, key)  # in pseudo.rows
         rows_u = pseudo.rows[places]  # and the images that stand there
-        images_l = gather(data.labeled_images, rows_l, device)  # (B,3,H,W)
-        images_u = gather(data.unlabeled_images, rows_u, device)  # (U,3,H,W)
-        labels = gather(data.labels, rows_l, device)  # (B,)
+        images_l = take_rows(data.labeled_images, rows_l, device)  # (B,3,H,W)
+        images_u = take_rows(data.unlabeled_images, rows_u, device)  # (U,3,H,W)
+        labels = take_rows(data.labels, rows_l, device)  # (B,)
         target_l = smoothed_one_hot(labels, data.num_classes, config.label_smoothing)  # (B,K)
-        target_u = gather(pseudo.targets, rows_u, device)  # (U,K)
+        target_u = take_rows(pseudo.targets, rows_u, device)  # (U,K)
 
         # Noise, loss, update.
         loss_l, loss_u = train_step(forward, optimizer, images_l, target_l, images_u, target_u,
@@ -601,7 +593,7 @@ def seed_of(*parts):
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def gather(table, rows, device):
+def take_rows(table, rows, device):
     """Return table[rows], on the device; the table may lie on the CPU or in a mapped file."""
     picked = table[rows.to(table.device, non_blocking=True)]
     return picked.to(device, non_blocking=True)
@@ -650,7 +642,9 @@ def pseudo_label(teacher, images, data, config, *, key="", batch=1000):
     if not config.noisy_teacher:
         model = fold_batchnorm(teacher)
     else:
-        model = noisy_copy(teacher)
+        model = copy.deepcopy(teacher).train()
+        for norm in batch_norms(model):
+            norm.eval()  # ours: its statistics must not come from these batches
 
     statistics = statistics_of(teacher, data)
     device = next(model.parameters()).device
@@ -671,15 +665,6 @@ def pseudo_label(teacher, images, data, config, *, key="", batch=1000):
 def statistics_of(model, data):
     """Return what has .mean and .std: the network, if it brings its own (load_model), or data."""
     return model if hasattr(model, "mean") else data
-
-
-def noisy_copy(teacher):
-    """Return a copy with dropout and stochastic depth on. That batch-norm stays in evaluation mode
-    is ours."""
-    model = copy.deepcopy(teacher).train()
-    for norm in batch_norms(model):
-        norm.eval()
-    return model
 
 
 def predict(model, images, data, config):
@@ -1904,8 +1889,7 @@ PRESETS = {
 
 # ---- Files and progress --------------------------------------------------------------------------
 # The same command goes on where it was interrupted. All that is random follows from the seed and
-# the number of the step, so it takes little: a generation's file exists, hence it is finished; of
-# the one in training there is a checkpoint. OUT has
+# the number of the step, so these files are enough. OUT has
 #
 #     config.json      the configuration and a digest of the data: a folder belongs to one run
 #     NAME.pt          of every finished generation: the averaged network and its record
@@ -1922,7 +1906,6 @@ class Run:
     lock: typing.IO | None = None  # open for as long as the folder is ours
 
     def path(self, name):
-        """Return the file of a generation."""
         return Path(self.folder or "", re.sub("[^a-z0-9.]+", "_", name.lower()) + ".pt")
 
     def is_finished(self, name):
@@ -1947,11 +1930,10 @@ class Run:
         network = getattr(model, "model", model)  # inside an AtResolution
         control = self.finished.get("supervised")
         measured, wrong = measure(model, self.data, self.config, control and control["wrong"])
-        record = {"name": name, "model": network.name,
-                  "params": sum(w.numel() for w in network.parameters()),
-                  "images_seen": progress.images, "seconds": round(progress.seconds, 2),
-                  "kept": pseudo and pseudo.kept, "balanced": pseudo and len(pseudo.rows),
-                  **measured}
+        record = dict(
+            name=name, model=network.name, params=sum(w.numel() for w in network.parameters()),
+            images_seen=progress.images, seconds=round(progress.seconds, 2),
+            kept=pseudo and pseudo.kept, balanced=pseudo and len(pseudo.rows), **measured)
 
         # All that it takes to use the network, and to go on from here.
         saved = dict(
@@ -1981,10 +1963,10 @@ class Run:
         return {"config": asdict(self.config), "generations": records}
 
 
-def say(text, end="\n"):
+def say(text):
     """Print; of several processes, only the first one does."""
     if world_of()[0] == 0:
-        print(text, end=end, flush=True)
+        print(text, flush=True)
 
 
 def start_run(config, data=None):
@@ -2016,10 +1998,7 @@ def check_fits(config, data):
     size = config.fix_resolution
     require(size is None or size > max(height, width), f"--fix-resolution {size}: expected more "
             f"than the images' {height} x {width} pixels")
-    require(config.batch > 1 or max(height, width) > 8,
-            f"--batch 1: batch-norm needs 2 images or more of {height} x {width} pixels")
-    require(not config.cifar10_c or data.num_classes == 10, "--cifar10-c shows ten classes, not "
-            f"{data.num_classes}: leave it out")
+    require(not config.cifar10_c or data.num_classes == 10, "--cifar10-c is for ten classes")
 
     # The pseudo labels have to fill a batch.
     batch = config.batch * config.ratio
@@ -2166,7 +2145,7 @@ class Progress:
         self.seconds += now - self.clock
         self.clock = now
 
-        if self.run:
+        if self.run and (step // self.every % 10 == 0 or step == self.steps):
             self.show(step)
         if self.checkpoint and now - self.saved >= SAVE_SECONDS:
             state = {key: part.state_dict() for key, part in parts.items()}
@@ -2175,16 +2154,11 @@ class Progress:
             self.saved = now
 
     def show(self, step):
-        """Print the progress line: on a terminal over the one before, else every tenth of them."""
-        done = step == self.steps
-        terminal = sys.stdout.isatty()
-        if terminal or done or step // self.every % 10 == 0:
-            _, loss_l, loss_u = self.curve[-1]
-            left = int(self.seconds / len(self.curve) * (self.steps - step) / self.every)
-            say(f"{self.name:<12} step {step:>6}/{self.steps}  L_lab {loss_l:.3f}  L_unl "
-                f"{loss_u:.3f}  {self.images / self.seconds:>6.0f} img/s  "
-                f"{left // 60}:{left % 60:02} left",
-                end="\033[K\r" if terminal and not done else "\n")
+        """Print a line: losses, images per second, and minutes and seconds that are left."""
+        _, loss_l, loss_u = self.curve[-1]
+        left = int(self.seconds / len(self.curve) * (self.steps - step) / self.every)
+        say(f"{self.name:<12} step {step:>6}/{self.steps}  L_lab {loss_l:.3f}  L_unl {loss_u:.3f}  "
+            f"{self.images / self.seconds:>6.0f} img/s  {left // 60}:{left % 60:02} left")
 
 
 # ---- Results and picture -------------------------------------------------------------------------
@@ -2411,9 +2385,6 @@ def parse_args(argv=None):
             count = "+" if f.name == "models" else None
             parser.add_argument(flag(f), nargs=count, metavar="VALUE", help=text)
     given = vars(parser.parse_args(argv))  # only the flags that were given
-    for f in fields(Config):
-        if isinstance(given.get(f.name), str):
-            given[f.name] = value_of(f, given[f.name])
 
     # A flag wins over the preset, and the preset over the default.
     preset = PRESETS.get(given.get("preset", "demo"), {})
@@ -2422,17 +2393,6 @@ def parse_args(argv=None):
     require(recipe in preset, f"--preset {given.get('preset')} has no recipe for {dataset}: "
             f"expected one of {', '.join(PRESETS)}, the second for {', '.join(PRESETS['paper'])}")
     return Config(**preset[recipe] | given)
-
-
-def value_of(f, text):
-    """Return the value of a field that is typed as this text."""
-    kind = kind_of(f)
-    if text in ("none", "all") and kind is not f.type:
-        return None
-    try:
-        return kind(text)
-    except ValueError:
-        raise UserError(f"{flag(f)} is {text!r}: expected {kind.__name__}")
 
 
 def raise_usage_error(message):
@@ -2445,22 +2405,12 @@ def show_warning(message, *_, **__):
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def prepare_output():
-    """Replace what a terminal cannot show, such as the ± of ASCII ones, and bear closed streams."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        if hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="replace")
-
-
 NO_MEMORY = "out of memory|allocate memory|not enough memory"  # in PyTorch's words
 
 
 def main(argv=None):
     """Run the command line; return 0 when done, 2 after a user's error, 130 after Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    prepare_output()
     warnings.showwarning = show_warning
     warnings.simplefilter("always", UserWarning)  # a class may vanish in every generation
     status = 2
@@ -2500,4 +2450,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # some terminals cannot show ±
     sys.exit(main())

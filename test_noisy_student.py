@@ -643,12 +643,12 @@ DATA = small_data()  # nothing changes it
 
 ALLOWED = """threshold 0, below 1, dropout 0, survival 1, ema 0, bn-momentum 1, warmup-epochs 0,
     weight-decay 0, label-smoothing 0, num-ops 0, crop 0, cutout 0, magnitude 0, seed 0, labels 1,
-    unlabeled 1, per-class 1, fix-resolution 1, batch 1, ratio 1, steps 1, seeds 1, dev 1, test 1"""
+    unlabeled 1, per-class 1, fix-resolution 1, batch 2, ratio 1, steps 1, seeds 1, dev 1, test 1"""
 REFUSED = """threshold 1, threshold -0.1, below 0, below 1.1, dropout 1, dropout -0.1, survival 0,
     survival 1.1, ema 1, ema -0.1, bn-momentum 0, bn-momentum 1.1, warmup-epochs -1,
     weight-decay -0.1, label-smoothing 1, label-smoothing -0.1, num-ops -1, crop -1, cutout -1,
     magnitude -1, magnitude 1001, seed -1, labels 0, unlabeled 0, per-class 0, fix-resolution 0,
-    batch 0, ratio 0, steps 0, seeds 0, dev 0, test 0, learning-rate 0, learning-rate -1,
+    batch 1, ratio 0, steps 0, seeds 0, dev 0, test 0, learning-rate 0, learning-rate -1,
     learning-rate nan, learning-rate inf, epochs 0, decay-epochs 0, temperature 0, loss mean,
     preset other"""
 OFFICIAL = """labels None, dev 4000, test None, unlabeled None, extra True, batch 128, ratio 5,
@@ -674,7 +674,7 @@ def test_values_become_plain_python_or_are_refused():
     found = [config.steps, config.learning_rate, config.epochs, config.out, config.joint]
     assert repr(found) == "[5, 0.5, 7.0, 'a/b', False]"
     assert config.models == ("nano", "tiny")
-    wrong = dict(steps=2.5, seed="0", joint=1, ema="0.1", epochs=None, dataset=None, out="")
+    wrong = dict(steps=2.5, seed="1.0", joint=1, ema="x", epochs=None, dataset=None, out="")
     for name, value in wrong.items():
         user_error("--" + name, Config, **{name: value})
 
@@ -1751,18 +1751,7 @@ def test_an_error_of_the_user_and_ctrl_c_are_one_line(arrays, tmp_path, monkeypa
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_output_that_cannot_be_shown_ends_nothing(monkeypatch):
-    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
-    monkeypatch.setattr(sys, "stdout", shown)
-    assert ns.main(["--study", "list"]) == 0
-    print("±", end="", flush=True)
-    text = shown.buffer.getvalue().decode()
-    assert all(name in text for name in ns.STUDIES)
-    assert text.endswith("?")
-
-    monkeypatch.setattr(sys, "stdout", None)  # >&-
-    assert ns.main(["--study", "list"]) == 0
-
+def test_output_that_nobody_reads_ends_quietly(monkeypatch):
     reader, writer = os.pipe()  # | true
     os.close(reader)
     monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))

@@ -205,11 +205,9 @@ def cutout(images, half_size, generator=None):
     """Hide a square of side 2 * half_size, in pixels, in each image behind gray.
 
     uint8 (N,3,H,W) -> a new tensor. The center is uniform; what lies outside the image is cut off.
-    Raise ValueError for a wrong dtype or shape or a negative half_size.
+    Raise ValueError for a wrong dtype or shape.
     """
     check_images(images)
-    if half_size < 0:
-        raise ValueError(f"half_size {half_size}: expected 0 or more pixels")
     rows = near_center(images.shape[2], half_size, images, generator)  # (N,H)
     columns = near_center(images.shape[3], half_size, images, generator)  # (N,W)
     hidden = rows[:, None, :, None] & columns[:, None, None]  # (N,1,H,W)
@@ -367,11 +365,11 @@ def draw_sheet(image):
 
     scale = image.shape[3] / 224  # the default constants are made for ImageNet
     constants = {"translate_const": 100 * scale, "cutout_const": 40 * scale}
-    figure = Figure(figsize=(7, 22))
+    figure = Figure(figsize=(7, 22), layout="tight")
     for name, row in zip(OPS, figure.subplots(len(OPS))):
         tiles = [apply_op(image, name, level, **constants) for level in LEVELS]
         row.imshow(torch.cat(tiles, 3)[0].movedim(0, 2).numpy())
-        row.set_title(f"{name} at levels {LEVELS}", size=8)
+        row.set_title(f"{name} at levels {LEVELS}")
         row.axis("off")
     return figure
 
@@ -384,13 +382,12 @@ def main(argv=None):
     try:
         figure = draw_sheet(read_image(path) if path else color_gradients())
         SHEET.parent.mkdir(exist_ok=True)
-        figure.savefig(SHEET, bbox_inches="tight")
+        figure.savefig(SHEET)
+        return 0
     except ImportError:
         message = "the picture needs matplotlib: pip install matplotlib"
     except (OSError, ValueError, EOFError, TypeError, IndexError) as error:
         message = f"{path or SHEET}: {error}"
-    else:
-        return 0
     print(f"error: {message}", file=sys.stderr)
     return 2
 

@@ -609,7 +609,6 @@ IMAGES = noise_images()
     ("sign", apply_op, (IMAGES, "Rotate", 5, torch.ones(3))),
     ("num_ops 1.5", RandAugment, (1.5,)),
     ("padding 17", random_crop, (IMAGES, 17)),
-    ("half_size -1", cutout, (IMAGES, -1)),
 ])
 def test_a_wrong_argument_is_named_in_one_line(word, function, arguments):
     with pytest.raises(ValueError) as error:

@@ -330,8 +330,7 @@ def train(model, data, config, pseudo=None, *, steps=None, start=0, key="", prog
             group["lr"] = lr
 
         # The batch: labeled images, then unlabeled ones. The order of the labeled images follows
-        # from the seed alone: the control sees the same. (To spell "labelled" otherwise would
-        # change the order, and with it all published figures.)
+        # from the seed alone (and from this spelling of the key): the control sees the same.
         batch_l, batch_u = batch_sizes(config, pseudo, step / steps)
         rows_l = batch_rows(len(data.labels), batch_l, step, config.seed, "labelled")
         places = batch_rows(len(pseudo.rows), batch_u, step, config.seed, key)  # in pseudo.rows
@@ -475,8 +474,7 @@ def check_network(model):
     """Raise UserError for batch-norm without moving statistics: its output, and so an image's
     pseudo label, would depend on the other images of a batch."""
     for norm in batch_norms(model):
-        require(norm.track_running_stats, f"the network has {norm}: expected moving statistics, "
-                "track_running_stats=True")
+        require(norm.track_running_stats, f"{norm}: expected track_running_stats=True")
 
 
 def parameter_groups(model, weight_decay):
@@ -740,14 +738,13 @@ def make_pseudo(teacher, data, config, key=""):
 
     # A student needs at least a batch, and should see every class.
     batch = config.batch * config.ratio
-    left = f"{key}: {len(kept):,} of {len(label):,} unlabeled images pass the filter"
+    left = (f"{key}: of {len(label)} unlabeled images, with confidence {confidence.min():.3f} to "
+            f"{confidence.max():.3f}, {len(kept)} pass the filter, {len(rows)} after balancing: ")
     remedy = "lower --threshold, raise --below or train the teacher for longer"
-    require(len(rows) >= batch, f"{left}, {len(rows):,} after balancing: expected at least the "
-            f"{batch:,} of one batch; confidence goes from {confidence.min():.3f} to "
-            f"{confidence.max():.3f}: {remedy}")
+    require(len(rows) >= batch, f"{left}expected {batch}, a batch; {remedy}")
     missing = sorted(set(range(data.num_classes)) - set(label[kept].tolist()))
     if missing:
-        warnings.warn(f"{left}, none of class {', '.join(map(str, missing[:10]))}: {remedy}")
+        warnings.warn(f"{left}none of class {', '.join(map(str, missing))}; {remedy}")
     return Pseudo(rows, pseudo_targets(probabilities, config), len(kept))
 
 

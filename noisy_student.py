@@ -843,14 +843,12 @@ def fine_tune_generation(run, name, model):
 
 # ---- Studies -------------------------------------------------------------------------------------
 # As in the paper, all variants of a study are students of one and the same teacher, one per seed;
-# `main` and `iteration` are whole chains. Predict what comes out before you run one. The comments
-# say what the paper found.
+# `main` and `iteration` are whole chains. Comments say what the paper found; predict what comes out
+# before you run one.
 
 class Study(typing.NamedTuple):
-    """An experiment of the paper, as changes of Config.
-
-    The paper's figures are ImageNet top-1 accuracies in %, of networks and amounts of data far
-    larger than ours."""
+    """An experiment of the paper, as changes of Config. The paper's figures are ImageNet top-1
+    accuracies in %, of networks and amounts of data far larger than ours."""
     source: str  # where the paper has it
     variants: dict[str, dict] = {}  # row of the table -> changes; none: all generations of --models
     paper: dict[str, str] = {}  # row of the table -> figure
@@ -859,7 +857,7 @@ class Study(typing.NamedTuple):
 
 
 STUDIES = {
-    # In the paper every student is better than its teacher; the last one, an L2, has 88.4.
+    # Every student is better than its teacher; the last one, an L2, has 88.4.
     "main": Study("Algorithm 1 [v4]", paper={"supervised": "85.5 (L2)"}),
 
     # All noise on the student, none on the teacher. Removed on the unlabeled images only, as there.
@@ -877,9 +875,8 @@ STUDIES = {
         "table 7: L2 [v4]", base=dict(models=("nano", "micro", "tiny", "tiny")),
         paper={"student 1": "87.6", "student 2": "88.1", "student 3": "88.4"}),
 
-    # In the paper hard labels hurt where confidence is low and are as good where it is high; with a
-    # larger teacher they do as well everywhere. Its intervals are 0.1 wide, with equal numbers of
-    # images drawn from each; ours keep all images that fall into them.
+    # Hard labels hurt where confidence is low, but not with a larger teacher. The paper draws equal
+    # numbers of images from intervals 0.1 wide; ours keep all that fall into wider ones.
     "labels": Study(
         "soft and hard pseudo labels by confidence: B0 [v1]",
         variants={"soft": {}, "hard": dict(hard=True),
@@ -922,9 +919,8 @@ def run_study(config):
 
     Finished networks are not trained again, so more seeds can be added later, and studies with the
     same --out share the networks that they have in common."""
-    require(config.study in STUDIES, f"--study {config.study}: expected list or one of "
-            f"{', '.join(STUDIES)}")
-    require(config.out, "--out none keeps no files, and --study needs some: give a folder")
+    require(config.study in STUDIES, f"--study {config.study}: expected list, {', '.join(STUDIES)}")
+    require(config.out, "--study needs files, and --out none keeps none: give a folder")
     study = STUDIES[config.study]
     folder = Path(output_folder(config) if config.out == "auto" else config.out)
     prefix = f"{config.study}-" if study.base else ""  # other networks, so another folder
@@ -945,7 +941,7 @@ def run_study(config):
     if world_of()[0] == 0:
         path = folder / f"{config.study}.json"
         write_file(path, {"study": config.study, "config": asdict(config), "rows": table})
-        print(f"\n{config.study}: {study.source}\n{print_study(table)}\nWrote {path}")
+        print(f"\n{config.study}: {study.source}\n{study_text(table)}\nWrote {path}")
         draw_study(table, config.study, folder)
     return table
 
@@ -957,32 +953,30 @@ def train_variants(study, config):
     run = start_run(replace(config, robustness=False))
     for changes in study.variants.values():
         check_fits(replace(run.config, **changes), run.data)
-    names = {"teacher": "teacher"}  # row -> name of the generation
     if study.control:
-        names = {"supervised": "control of student 1", **names}
-        train_generation(run, names["supervised"], config.models[1], key="student 1")
+        train_generation(run, "control of student 1", config.models[1], key="student 1")
     teacher = train_generation(run, "teacher", config.models[0])
 
+    # A variant without changes is student 1 of the main run, and is shared with it.
+    rows = {"control of student 1": "supervised"}  # generation -> row, where named otherwise
     for row, changes in study.variants.items():
+        name = row if changes else "student 1"
+        rows[name] = row
         data = run.data
         changed = replace(run.config, **changes)
         if "unlabeled" in changes:
             data = load_data_in_turn(changed).to(data.labels.device)
         variant = replace(run, config=changed, data=data)
-
-        # A variant without changes is student 1 of the main run, and is shared with it.
-        names[row] = row if changes else "student 1"
-        train_generation(variant, names[row], changed.models[1], teacher, key="student 1")
-    return {row: run.finished[name]["record"] for row, name in names.items()}
+        train_generation(variant, name, changed.models[1], teacher, key="student 1")
+    return {rows.get(name, name): saved["record"] for name, saved in run.finished.items()}
 
 
 def study_table(study, errors):
     """Return {row: n, errors, mean and std in %, the paired difference to the default, paper}."""
-    # The default is the first variant or, where a row is a generation, the control.
-    default = errors[next(iter(study.variants or errors))]
+    default = [*study.variants, "supervised"][0]  # the first variant or, of a chain, the control
     table = {}
     for row, values in errors.items():
-        differences = [value - reference for value, reference in zip(values, default)]
+        differences = np.subtract(values, errors[default])
         table[row] = {"n": len(values), "errors": values, "mean": float(np.mean(values)),
                       "std": deviation(values), "difference": float(np.mean(differences)),
                       "difference_std": deviation(differences), "paper": study.paper.get(row, "-")}
@@ -994,7 +988,7 @@ def deviation(values):
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def print_study(table):
+def study_text(table):
     """Return the table of a study as aligned text; errors in %, a negative difference is better."""
     rows = [["", "n", "test error, %", "difference", "paper, top-1"]]
     for name, row in table.items():
@@ -1014,27 +1008,27 @@ def plus_minus(mean, std, sign=""):
 def measure(model, data, config, control_wrong=None):
     """Return errors of an un-noised network, ready for JSON, and its mistakes on the test images.
 
-    control_wrong: the mistakes of the control, bool (T,), an ImageNet-A for small images. None: the
-    network is the control itself."""
+    control_wrong: the control's mistakes, bool (T,), an ImageNet-A for small images; None: the
+    network is the control."""
     labels = data.test_labels.cpu()  # (T,)
     wrong = predict(model, data.test_images, data, config) != labels  # (T,)
-    per_class = [share(wrong[labels == k]) for k in range(data.num_classes)]
+    per_class = [fraction_true(wrong[labels == k]) for k in range(data.num_classes)]
+    on_mistakes = None if control_wrong is None else fraction_true(wrong[control_wrong])
+    report = measure_robustness(model, data, config) if config.robustness else None
     measurements = {
         "dev_error": error_rate(model, data.dev_images, data.dev_labels, data, config),
-        "test_error": share(wrong),
-        "test_error_per_class": per_class,
-        "control_mistakes_error": None if control_wrong is None else share(wrong[control_wrong]),
-        "robustness": measure_robustness(model, data, config) if config.robustness else None}
+        "test_error": fraction_true(wrong), "test_error_per_class": per_class,
+        "control_mistakes_error": on_mistakes, "robustness": report}
     return measurements, wrong
 
 
-def share(mask):
-    """Return the share of True in a bool tensor; None if it is empty, as JSON has no nan."""
+def fraction_true(mask):
+    """Return the fraction of True in a bool tensor; None if it is empty, as JSON has no nan."""
     return mask.double().mean().item() if len(mask) else None
 
 
 def measure_robustness(model, data, config):
-    """Return the report of robustness() on the test images, or on the files of CIFAR-10-C."""
+    """Return the report of robustness() on the test images."""
     model = fold_batchnorm(model)
 
     # Attacks are in gray levels, so normalization is a part of what they attack.
@@ -1042,14 +1036,14 @@ def measure_robustness(model, data, config):
         with precision(x.device, config):
             return model(normalize(x, statistics_of(model, data))).float()
 
-    files = load_cifar10_c(config.cifar10_c) if config.cifar10_c else None
-    return robustness(logits_of, data.test_images, data.test_labels, files)
+    return robustness(logits_of, data.test_images, data.test_labels, config.cifar10_c)
 
 
-# ---- Robustness --------- (paper: ImageNet-C, ImageNet-P, FGSM, PGD; Hendrycks & Dietterich 2019)
+# ---- Robustness -------------------------------------------------------------------- [v4: C and P]
 # arXiv 1903.12261 corrupts test images at five severities (ImageNet-C), or changes them little by
 # little and counts flips of the prediction (ImageNet-P). Constants and formulas are those of its
 # scripts for 32x32 images, make_cifar_c.py and make_cifar_p.py; compare at one image size only.
+
 ROBUSTNESS_IMAGES = 256  # evenly spaced test images; 50 of them are perturbed
 
 CORRUPTIONS = {
@@ -1079,10 +1073,8 @@ PERTURBATIONS = {
 
 def corrupt(images, name, severity, generator=None):
     """Corrupt uint8 images (N,C,H,W), at severity 1 to 5, each with random draws of its own."""
-    require(name in CORRUPTIONS and severity in range(1, 6), f"corruption {name!r}, severity "
-            f"{severity}: expected one of {', '.join(CORRUPTIONS)}, and 1 to 5")
-    value = CORRUPTIONS[name][severity - 1]
-    return distort(images, name, value, generator)
+    require(severity in range(1, 6), f"severity {severity}: expected 1 to 5")
+    return distort(images, name, CORRUPTIONS[name][severity - 1], generator)
 
 
 def perturbation_sequence(images, name, generator=None):
@@ -1117,8 +1109,7 @@ def distort(images, name, value, generator=None):
         brighter = (largest + 255 * value).clamp(max=255)
         x = (x + 1e-9) / (largest + 1e-9) * brighter
     elif name == "contrast":
-        mean = x.mean((2, 3), True)  # (N,C,1,1)
-        x = torch.lerp(mean, x, value)
+        x = torch.lerp(x.mean((2, 3), True), x, value)
     elif name == "pixelate":
         # Within the rows first, as Pillow does: it rounds between the two passes.
         x = pixelate_rows(x.mT, value)
@@ -1132,8 +1123,7 @@ def distort(images, name, value, generator=None):
 
 def defocus_blur(x, radius, softness):
     """Convolve with a disk, then soften the disk's edge by a Gaussian, each of 3x3 pixels."""
-    axis = torch.arange(-1.0, 2, device=x.device) ** 2
-    squared = axis + axis[:, None]  # (3,3), squared distances to the center
+    squared = x.new_tensor([[2, 1, 2], [1, 0, 1], [2, 1, 2]])  # distances to the center
     disk = (squared <= radius ** 2).float()
     gaussian = torch.exp(-squared / (2 * softness ** 2))
 
@@ -1160,15 +1150,14 @@ def fog(x, amount, decay, generator):
         upper += (across + center + center.roll(1, 1)) / 4
         left += (down + center + center.roll(1, 2)) / 4
         points = torch.stack([plasma, upper, left, center], 1)  # (N,4,side,side)
-        plasma = F.pixel_shuffle(points, 2)[:, 0]               # (N,2*side,2*side)
-        roughness = roughness / decay
+        plasma = F.pixel_shuffle(points, 2)[:, 0]  # (N,2*side,2*side)
+        roughness /= decay
 
-    plasma = plasma - plasma.amin((1, 2), True)
-    plasma = plasma / plasma.amax((1, 2), True)
-    haze = plasma[:, None, :height, :width]  # (N,1,H,W), 0-1
-    white = 255 * amount
+    plasma -= plasma.amin((1, 2), True)
+    plasma /= plasma.amax((1, 2), True)
+    haze = 255 * amount * plasma[:, None, :height, :width]  # (N,1,H,W)
     brightest = x.amax((1, 2, 3), True)
-    return (x + white * haze) * brightest / (brightest + white)
+    return (x + haze) * brightest / (brightest + 255 * amount)
 
 
 def pixelate_rows(x, factor):
@@ -1198,23 +1187,20 @@ def move(x, name, amount):
     aspect = height / width
     cos = math.cos(angle) / zoom
     sin = math.sin(angle) / zoom
-    across = [cos, sin * aspect, -2 * shift / width]
-    down = [-sin / aspect, cos, 0]
-    matrix = x.new_tensor([across, down]).expand(len(x), 2, 3)
-    source = F.affine_grid(matrix, x.shape, align_corners=False)  # (N,H,W,2)
+    matrix = x.new_tensor([[cos, sin * aspect, -2 * shift / width], [-sin / aspect, cos, 0]])
+    source = F.affine_grid(matrix.expand(len(x), 2, 3), x.shape, align_corners=False)  # (N,H,W,2)
     inside = (source.abs() <= 1).all(3)  # (N,H,W)
     moved = F.grid_sample(x, source, "bilinear", "border", align_corners=False)
     return moved * inside[:, None]
 
 
 def flip_rate(predictions, noise=False):
-    """Return the share of predictions that differ from that of the frame before.
+    """Return how often predictions (sequences, frames) differ from that of the frame before.
 
-    predictions: (sequences, frames). noise: compare with the first, clean frame instead."""
+    noise: compare with the first, clean frame instead."""
     classes = torch.as_tensor(predictions)
     before = classes[:, :1] if noise else classes[:, :-1]
-    flips = classes[:, 1:] != before  # (sequences, frames - 1)
-    return share(flips)
+    return fraction_true(classes[:, 1:] != before)
 
 
 def mean_flip_rate(rates, reference):
@@ -1253,8 +1239,7 @@ def pgd(logits_of, images, labels, epsilon, steps=10, step_size=None):
     logits_of: float images (N,C,H,W), 0-255 -> logits (N,K); images: such floats; labels: (N,);
     epsilon, step_size: in gray levels -> attacked images. The step, epsilon 1 and no random start
     are ours; the paper attacks with epsilon up to 16 at 800 x 800."""
-    if step_size is None:
-        step_size = 2.5 * epsilon / steps
+    step_size = step_size or 2.5 * epsilon / steps
     x = images.detach()
     low = (x - epsilon).clamp(min=0)
     high = (x + epsilon).clamp(max=255)
@@ -1273,16 +1258,15 @@ def pgd(logits_of, images, labels, epsilon, steps=10, step_size=None):
 def robustness(logits_of, images, labels, cifar10_c=None, seed=0):
     """Return the paper's robustness measures on uint8 images (N,C,H,W), ready for JSON.
 
-    logits_of: as for pgd; labels: (N,), on the device to compute on; cifar10_c: what
-    load_cifar10_c returns, to be used in place of corrupt(images)."""
+    logits_of: as for pgd. labels: (N,), on the device to compute on. cifar10_c: a folder whose
+    files are used in place of corrupt(images)."""
     generator = torch.Generator(labels.device).manual_seed(seed)
     images = evenly_spaced(images, ROBUSTNESS_IMAGES).to(labels.device)
     labels = evenly_spaced(labels, ROBUSTNESS_IMAGES)
-    clean_error = error_of(logits_of, images, labels)
 
     # Corruptions, as in ImageNet-C; the files hold images and labels of their own.
-    errors = {}
-    files, truth = cifar10_c or (None, labels)
+    errors = {}  # name -> one error per severity
+    files, truth = load_cifar10_c(cifar10_c) if cifar10_c else ({}, labels)
     for name in files or CORRUPTIONS:
         if files:
             five = files[name].to(labels.device)
@@ -1296,8 +1280,7 @@ def robustness(logits_of, images, labels, cifar10_c=None, seed=0):
     for name in PERTURBATIONS:
         sequences = perturbation_sequence(starts, name, generator)
         classes = [logits_of(frame.float()).argmax(1) for frame in sequences.unbind(1)]
-        classes = torch.stack(classes, 1)  # (sequences, frames)
-        rates[name] = flip_rate(classes, noise=name.endswith("noise"))
+        rates[name] = flip_rate(torch.stack(classes, 1), noise=name.endswith("noise"))
 
     # Attacks, on the clean images.
     fgsm_errors = {}
@@ -1306,12 +1289,9 @@ def robustness(logits_of, images, labels, cifar10_c=None, seed=0):
         fgsm_errors[str(epsilon)] = error_of(logits_of, attacked, labels)
     attacked = pgd(logits_of, images.float(), labels, epsilon=1)
     pgd_error = error_of(logits_of, attacked, labels)
-    return {
-        "clean_error": clean_error,
-        "corruption_errors": errors,  # name -> one error per severity
-        "flip_rates": rates,          # name -> rate
-        "fgsm": fgsm_errors,          # epsilon -> error
-        "pgd": {"steps": 10, "epsilon": 1, "error": pgd_error}}
+    return {"clean_error": error_of(logits_of, images, labels), "corruption_errors": errors,
+            "flip_rates": rates, "fgsm": fgsm_errors,
+            "pgd": {"steps": 10, "epsilon": 1, "error": pgd_error}}
 
 
 def evenly_spaced(images, count):
@@ -1322,45 +1302,41 @@ def evenly_spaced(images, count):
 
 
 def error_of(logits_of, images, labels):
-    """Return the share of images (N,C,H,W), 0-255, whose predicted class is not their label."""
+    """Return the fraction of images (N,C,H,W), 0-255, whose predicted class is not their label."""
     classes = logits_of(images.float()).argmax(1)
-    return share(classes != labels.to(classes.device))
+    return fraction_true(classes != labels.to(classes.device))
 
 
 def robustness_table(reports):
-    """Return {name: report of robustness()} as text; mCE and mFR relate to the first report."""
-    reference, *_ = reports.values()
+    """Return {name: report of robustness(), with mCE and mFR} as text."""
     rows = [["error in %", "clean", "FGSM 2", "FGSM 4", "FGSM 8", "FGSM 16", "PGD", "mCE", "mFR"]]
     for name, report in reports.items():
         errors = [report["clean_error"], *report["fgsm"].values(), report["pgd"]["error"]]
         cells = [f"{100 * error:.1f}" for error in errors]
-        for mean in relative_robustness(report, reference).values():
+        for mean in (report["mce"], report["mfr"]):
             cells.append("-" if mean is None else f"{mean:.1f}")
         rows.append([name, *cells])
     return aligned(rows)
 
 
 def load_cifar10_c(folder):
-    """Read CIFAR-10-C: files of (5n,32,32,3), the same n images at severities 1-5, and labels.npy.
+    """Read CIFAR-10-C: labels.npy and, of every corruption, the same n images at severities 1-5.
 
     -> {name of CIFAR10_C: uint8 (5,N,3,32,32)}, labels (N,), N = ROBUSTNESS_IMAGES of the n.
-    Raise UserError, with its path, if a file is missing, damaged or of another shape."""
+    UserError names a file that is missing or damaged."""
     files = {}
     try:
         path = Path(folder, "labels.npy")
-        labels = np.load(path)
-        rows = evenly_spaced(torch.arange(len(labels) // 5), ROBUSTNESS_IMAGES).numpy()
+        labels = np.load(path)  # (5n,)
+        rows = evenly_spaced(torch.arange(len(labels) // 5), ROBUSTNESS_IMAGES)
         for name in CIFAR10_C:
             path = Path(folder, f"{name}.npy")
-            array = np.load(path, mmap_mode="r")
-            shape = (len(labels), 32, 32, 3)
-            require(array.shape == shape and array.dtype == np.uint8,
-                    f"found {array.dtype} {array.shape}, expected uint8 {shape}")
-            pixels = array.reshape(5, -1, 32, 32, 3)[:, rows]  # (5,N,H,W,C)
-            files[name] = torch.from_numpy(pixels).permute(0, 1, 4, 2, 3)
-    except (OSError, ValueError, EOFError) as error:
+            images, classes = as_arrays(np.load(path, mmap_mode="c"), labels)  # (5n,3,32,32), (5n,)
+            five = torch.from_numpy(images).unflatten(0, (5, -1))
+            files[name] = five[:, rows]
+    except Exception as error:  # numpy raises almost anything for a damaged file
         raise UserError(f"{path}: {error}; unpack CIFAR-10-C.tar again") from None
-    return files, torch.from_numpy(labels[rows]).long()
+    return files, torch.from_numpy(classes)[rows]
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -1935,7 +1911,7 @@ class Run:
         say(f"{self.path(name)} was trained before; for a new run choose another --out")
         if "supervised" in self.finished:
             mistakes = self.finished["supervised"]["wrong"]
-            saved["record"]["control_mistakes_error"] = share(saved["wrong"][mistakes])
+            saved["record"]["control_mistakes_error"] = fraction_true(saved["wrong"][mistakes])
         if self.config.robustness and not saved["record"]["robustness"]:
             saved["record"]["robustness"] = measure_robustness(model, self.data, self.config)
             write_file(self.path(name), saved)

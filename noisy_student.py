@@ -825,28 +825,24 @@ def fine_tune_generation(run, name, model):
 
 # ---- Studies -------------------------------------------------------------------------------------
 # As in the paper, all variants of a study are students of one and the same teacher, one per seed;
-# `main` and `iteration` are whole chains. Predict what comes out before you run one. The comments
-# say what the paper found.
+# `main` and `iteration` are whole chains. The comments say what the paper found.
 
 class Study(typing.NamedTuple):
-    """An experiment of the paper, as changes of Config.
-
-    The paper's figures are ImageNet top-1 accuracies in %, of networks and amounts of data far
-    larger than ours."""
+    """An experiment of the paper, as changes of Config. Its figures are ImageNet top-1 in %, of far
+    larger networks and data; if one is for "supervised", a control is trained too."""
     source: str  # where the paper has it
     variants: dict[str, dict] = {}  # row of the table -> changes; none: all generations of --models
     paper: dict[str, str] = {}  # row of the table -> figure
     base: dict = {}  # changes for all runs of the study, the teacher's too
-    control: bool = False  # whether the student's network, supervised, is a row too
 
 
 STUDIES = {
-    # In the paper every student is better than its teacher; the last one, an L2, has 88.4.
+    # Every student is better than its teacher; the last one, an L2, has 88.4.
     "main": Study("Algorithm 1 [v4]", paper={"supervised": "85.5 (L2)"}),
 
     # All noise on the student, none on the teacher. Removed on the unlabeled images only, as there.
     "table6": Study(
-        "table 6: B5, 130M images [v2]", control=True,
+        "table 6: B5, 130M images [v2]",
         variants={"Noisy Student": {}, "no augmentation": dict(unlabeled_augment=False),
                   "no augmentation, no model noise": dict(unlabeled_augment=False,
                                                           unlabeled_model_noise=False),
@@ -859,13 +855,11 @@ STUDIES = {
         "table 7: L2 [v4]", base=dict(models=("nano", "micro", "tiny", "tiny")),
         paper={"student 1": "87.6", "student 2": "88.1", "student 3": "88.4"}),
 
-    # In the paper hard labels hurt where confidence is low and are as good where it is high; with a
-    # larger teacher they do as well everywhere. Its intervals are 0.1 wide, with equal numbers of
-    # images drawn from each; ours keep all images that fall into them.
+    # Hard labels hurt where confidence is low, but not with a larger teacher. The paper draws equal
+    # numbers of images from intervals 0.1 wide; we keep all that fall into wider ones.
     "labels": Study(
         "soft and hard pseudo labels by confidence: B0 [v1]",
-        variants={"soft": {}, "hard": dict(hard=True),
-                  "soft, 0.3 to 0.6": dict(below=0.6),
+        variants={"soft": {}, "hard": dict(hard=True), "soft, 0.3 to 0.6": dict(below=0.6),
                   "hard, 0.3 to 0.6": dict(below=0.6, hard=True),
                   "soft, 0.9 to 1": dict(threshold=0.9),
                   "hard, 0.9 to 1": dict(threshold=0.9, hard=True)},
@@ -893,7 +887,7 @@ STUDIES = {
 
     # Pseudo labels of the large L2 make a better B0, though not one as good as its teacher.
     "distillation": Study(
-        "a smaller student: teacher L2 [v2]", base=dict(models=("tiny", "nano")), control=True,
+        "a smaller student: teacher L2 [v2]", base=dict(models=("tiny", "nano")),
         variants={"smaller student": {}},
         paper={"supervised": "77.3 (B0)", "smaller student": "78.8 (B0)"}),
 }
@@ -904,45 +898,44 @@ def run_study(config):
 
     Finished networks are not trained again, so more seeds can be added later, and studies with the
     same --out share the networks that they have in common."""
-    require(config.study in STUDIES, f"--study {config.study}: expected list or one of "
-            f"{', '.join(STUDIES)}")
-    require(config.out, "--out none keeps no files, and --study needs some: give a folder")
+    require(config.study in STUDIES, f"--study {config.study}: expected list, {', '.join(STUDIES)}")
+    require(config.out, "--study needs files, and --out none keeps none: give a folder")
     study = STUDIES[config.study]
     folder = Path(output_folder(config) if config.out == "auto" else config.out)
     prefix = f"{config.study}-" if study.base else ""  # other networks, so another folder
 
+    # Two rows are named otherwise than their generations.
+    first = next(iter(study.variants), "student 1")
+    rows = {"control of student 1": "supervised", "student 1": first}
     errors = {}  # row -> one test error per seed, in %
     for seed in range(config.seed, config.seed + config.seeds):
         out = str(folder / f"{prefix}seed{seed}")
         changed = replace(config, seed=seed, out=out, **study.base)
         if study.variants:
-            records = train_variants(study, changed)
+            results = train_variants(study, changed)
         else:
-            generations = noisy_student(replace(changed, study=None))["generations"]
-            records = {record["name"]: record for record in generations}
-        for row, record in records.items():
+            results = noisy_student(replace(changed, study=None))
+        for record in results["generations"]:
+            row = rows.get(record["name"], record["name"])
             errors.setdefault(row, []).append(100 * record["test_error"])
 
     table = study_table(study, errors)
     if world_of()[0] == 0:
         path = folder / f"{config.study}.json"
         write_file(path, {"study": config.study, "config": asdict(config), "rows": table})
-        print(f"\n{config.study}: {study.source}\n{print_study(table)}\nWrote {path}")
+        print(f"\n{config.study}: {study.source}\n{study_text(table)}\nWrote {path}")
         draw_study(table, config.study, folder)
     return table
 
 
 def train_variants(study, config):
-    """Train one seed of a study: the teacher once, then a student of its for every variant.
-
-    Returns {row of the table: record}. All students have the same initial weights."""
+    """Train one seed: the teacher once, then a student of its for every variant, all of them with
+    the same initial weights; return the results."""
     run = start_run(replace(config, robustness=False))
     for changes in study.variants.values():
         check_fits(replace(run.config, **changes), run.data)
-    names = {"teacher": "teacher"}  # row -> name of the generation
-    if study.control:
-        names = {"supervised": "control of student 1", **names}
-        train_generation(run, names["supervised"], config.models[1], key="student 1")
+    if "supervised" in study.paper:
+        train_generation(run, "control of student 1", config.models[1], key="student 1")
     teacher = train_generation(run, "teacher", config.models[0])
 
     for row, changes in study.variants.items():
@@ -951,20 +944,17 @@ def train_variants(study, config):
         if "unlabeled" in changes:
             data = load_data_in_turn(changed).to(data.labels.device)
         variant = replace(run, config=changed, data=data)
-
-        # A variant without changes is student 1 of the main run, and is shared with it.
-        names[row] = row if changes else "student 1"
-        train_generation(variant, names[row], changed.models[1], teacher, key="student 1")
-    return {row: run.finished[name]["record"] for row, name in names.items()}
+        name = row if changes else "student 1"  # which it shares with the main run
+        train_generation(variant, name, changed.models[1], teacher, key="student 1")
+    return run.results()
 
 
 def study_table(study, errors):
     """Return {row: n, errors, mean and std in %, the paired difference to the default, paper}."""
-    # The default is the first variant or, where a row is a generation, the control.
-    default = errors[next(iter(study.variants or errors))]
+    default = next(iter(study.variants), "supervised")  # of a chain, the control
     table = {}
     for row, values in errors.items():
-        differences = [value - reference for value, reference in zip(values, default)]
+        differences = np.subtract(values, errors[default])
         table[row] = {"n": len(values), "errors": values, "mean": float(np.mean(values)),
                       "std": deviation(values), "difference": float(np.mean(differences)),
                       "difference_std": deviation(differences), "paper": study.paper.get(row, "-")}
@@ -976,19 +966,18 @@ def deviation(values):
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def print_study(table):
-    """Return the table of a study as aligned text; errors in %, a negative difference is better."""
-    rows = [["", "n", "test error, %", "difference", "paper, top-1"]]
+def study_text(table):
+    """Return the table of a study as aligned text; a negative difference is better."""
+    rows = [["error in %", "n", "mean", "std", "difference", "std", "paper, top-1"]]
     for name, row in table.items():
-        error = plus_minus(row["mean"], row["std"])
-        difference = plus_minus(row["difference"], row["difference_std"], "+")
-        rows.append([name, str(row["n"]), error, difference, row["paper"]])
+        figures = [decimal(row[key]) for key in ("mean", "std", "difference", "difference_std")]
+        rows.append([name, str(row["n"]), *figures, row["paper"]])
     return aligned(rows)
 
 
-def plus_minus(mean, std, sign=""):
-    """Return '12.3 ± 0.4', or '12.3' of a single value."""
-    return f"{mean:{sign}.1f}" + ("" if std is None else f" ± {std:.1f}")
+def decimal(value):
+    """Return a number as text, a dash for None."""
+    return "-" if value is None else f"{value:.1f}"
 
 
 # ---- Measurements --------------------------------------------------------------------------------
@@ -996,27 +985,27 @@ def plus_minus(mean, std, sign=""):
 def measure(model, data, config, control_wrong=None):
     """Return errors of an un-noised network, ready for JSON, and its mistakes on the test images.
 
-    control_wrong: the mistakes of the control, bool (T,), an ImageNet-A for small images. None: the
-    network is the control itself."""
+    control_wrong: the mistakes of the control, bool (T,), an ImageNet-A for small images; None for
+    the control itself."""
     labels = data.test_labels.cpu()  # (T,)
     wrong = predict(model, data.test_images, data, config) != labels  # (T,)
-    per_class = [share(wrong[labels == k]) for k in range(data.num_classes)]
+    per_class = [fraction_true(wrong[labels == k]) for k in range(data.num_classes)]
+    on_mistakes = None if control_wrong is None else fraction_true(wrong[control_wrong])
+    report = measure_robustness(model, data, config) if config.robustness else None
     measurements = {
         "dev_error": error_rate(model, data.dev_images, data.dev_labels, data, config),
-        "test_error": share(wrong),
-        "test_error_per_class": per_class,
-        "control_mistakes_error": None if control_wrong is None else share(wrong[control_wrong]),
-        "robustness": measure_robustness(model, data, config) if config.robustness else None}
+        "test_error": fraction_true(wrong), "test_error_per_class": per_class,
+        "control_mistakes_error": on_mistakes, "robustness": report}
     return measurements, wrong
 
 
-def share(mask):
-    """Return the share of True in a bool tensor; None if it is empty, as JSON has no nan."""
+def fraction_true(mask):
+    """Return the fraction of True in a bool tensor; None if it is empty, as JSON has no nan."""
     return mask.double().mean().item() if len(mask) else None
 
 
 def measure_robustness(model, data, config):
-    """Return the report of robustness() on the test images, or on the files of CIFAR-10-C."""
+    """Return the report of robustness() on the test images."""
     model = fold_batchnorm(model)
 
     # Attacks are in gray levels, so normalization is a part of what they attack.
@@ -1024,14 +1013,13 @@ def measure_robustness(model, data, config):
         with precision(x.device, config):
             return model(normalize(x, statistics_of(model, data))).float()
 
-    files = load_cifar10_c(config.cifar10_c) if config.cifar10_c else None
-    return robustness(logits_of, data.test_images, data.test_labels, files)
+    return robustness(logits_of, data.test_images, data.test_labels, config.cifar10_c)
 
 
-# ---- Robustness --------- (paper: ImageNet-C, ImageNet-P, FGSM, PGD; Hendrycks & Dietterich 2019)
-# arXiv 1903.12261 corrupts test images at five severities (ImageNet-C), or changes them little by
-# little and counts flips of the prediction (ImageNet-P). Constants and formulas are those of its
-# scripts for 32x32 images, make_cifar_c.py and make_cifar_p.py; compare at one image size only.
+# ---- Robustness -------------------------------------------------------------------- [v4: C and P]
+# Hendrycks and Dietterich (arXiv 1903.12261) corrupt test images at five severities (ImageNet-C),
+# or change them little by little and count flips of the prediction (ImageNet-P). Constants and
+# formulas are from their make_cifar_c.py and make_cifar_p.py, for 32x32; compare at one size only.
 ROBUSTNESS_IMAGES = 256  # evenly spaced test images; 50 of them are perturbed
 
 CORRUPTIONS = {
@@ -1060,11 +1048,9 @@ PERTURBATIONS = {
 
 
 def corrupt(images, name, severity, generator=None):
-    """Corrupt uint8 images (N,C,H,W), at severity 1 to 5, each with random draws of its own."""
-    require(name in CORRUPTIONS and severity in range(1, 6), f"corruption {name!r}, severity "
-            f"{severity}: expected one of {', '.join(CORRUPTIONS)}, and 1 to 5")
-    value = CORRUPTIONS[name][severity - 1]
-    return distort(images, name, value, generator)
+    """Corrupt uint8 images (N,C,H,W), each with draws of its own, at severity 1 to 5."""
+    require(severity in range(1, 6), f"severity {severity}: expected 1 to 5")
+    return distort(images, name, CORRUPTIONS[name][severity - 1], generator)
 
 
 def perturbation_sequence(images, name, generator=None):
@@ -1082,8 +1068,7 @@ def distort(images, name, value, generator=None):
         noise = torch.empty_like(x).normal_(generator=generator)
         x = x + 255 * value * noise
     elif name == "shot_noise":
-        photons = torch.poisson(x / 255 * value, generator)
-        x = photons / value * 255
+        x = torch.poisson(x / 255 * value, generator) / value * 255
     elif name == "impulse_noise":
         # Truncated, a share `value` of `hit` is -1 or 1 (black or white), the rest is 0.
         draws = torch.rand(x.shape, generator=generator, device=x.device)
@@ -1099,8 +1084,7 @@ def distort(images, name, value, generator=None):
         brighter = (largest + 255 * value).clamp(max=255)
         x = (x + 1e-9) / (largest + 1e-9) * brighter
     elif name == "contrast":
-        mean = x.mean((2, 3), True)  # (N,C,1,1)
-        x = torch.lerp(mean, x, value)
+        x = torch.lerp(x.mean((2, 3), True), x, value)
     elif name == "pixelate":
         # Within the rows first, as Pillow does: it rounds between the two passes.
         x = pixelate_rows(x.mT, value)
@@ -1114,16 +1098,14 @@ def distort(images, name, value, generator=None):
 
 def defocus_blur(x, radius, softness):
     """Convolve with a disk, then soften the disk's edge by a Gaussian, each of 3x3 pixels."""
-    axis = torch.arange(-1.0, 2, device=x.device) ** 2
-    squared = axis + axis[:, None]  # (3,3), squared distances to the center
+    squared = x.new_tensor([[2, 1, 2], [1, 0, 1], [2, 1, 2]])  # distances to the center
     disk = (squared <= radius ** 2).float()
     gaussian = torch.exp(-squared / (2 * softness ** 2))
-
     padded = F.pad(x, (2, 2, 2, 2), "reflect")
     planes = padded.flatten(0, 1)[:, None]  # (N*C,1,H+4,W+4)
     for kernel in (disk, gaussian):
-        kernel = kernel / kernel.sum()
-        planes = F.conv2d(planes, kernel[None, None])
+        weights = kernel / kernel.sum()
+        planes = F.conv2d(planes, weights[None, None])
     return planes.view_as(x)
 
 
@@ -1142,29 +1124,27 @@ def fog(x, amount, decay, generator):
         upper += (across + center + center.roll(1, 1)) / 4
         left += (down + center + center.roll(1, 2)) / 4
         points = torch.stack([plasma, upper, left, center], 1)  # (N,4,side,side)
-        plasma = F.pixel_shuffle(points, 2)[:, 0]               # (N,2*side,2*side)
-        roughness = roughness / decay
+        plasma = F.pixel_shuffle(points, 2)[:, 0]  # (N,2*side,2*side)
+        roughness /= decay
 
-    plasma = plasma - plasma.amin((1, 2), True)
-    plasma = plasma / plasma.amax((1, 2), True)
-    haze = plasma[:, None, :height, :width]  # (N,1,H,W), 0-1
-    white = 255 * amount
+    plasma -= plasma.amin((1, 2), True)
+    plasma /= plasma.amax((1, 2), True)
+    haze = 255 * amount * plasma[:, None, :height, :width]  # (N,1,H,W)
     brightest = x.amax((1, 2, 3), True)
-    return (x + white * haze) * brightest / (brightest + white)
+    return (x + haze) * brightest / (brightest + 255 * amount)
 
 
 def pixelate_rows(x, factor):
-    """Shrink to fewer rows and back, as Pillow's BOX resize does: by means of neighboring rows."""
+    """Shrink to fewer rows and back, as Pillow's BOX resize does: by means of neighboring rows.
+
+    A row is filled from the window its center lies in, and counts for that window; if the center
+    lies on a boundary, it counts for the one above."""
     height = x.shape[2]
     windows = int(height * factor)
     center = (torch.arange(height) + 0.5) * windows / height
-
-    # A row is filled from the window its center lies in, and counts for that window; if the center
-    # lies on a boundary, it counts for the one above.
     same = center.floor()[:, None] == center.ceil() - 1  # (H,H)
     average = same / same.sum(1, True)
-    rows = average.to(x) @ x
-    return (rows + 0.5).floor()
+    return (average.to(x) @ x + 0.5).floor()
 
 
 def move(x, name, amount):
@@ -1175,11 +1155,11 @@ def move(x, name, amount):
     shift = amount if name == "translate" else 0
     angle = math.radians(amount) if name == "rotate" else 0
     zoom = amount if name == "scale" else 1
+    cos = math.cos(angle) / zoom
+    sin = math.sin(angle) / zoom
 
     # Where every pixel comes from, in coordinates from -1 to 1.
     aspect = height / width
-    cos = math.cos(angle) / zoom
-    sin = math.sin(angle) / zoom
     across = [cos, sin * aspect, -2 * shift / width]
     down = [-sin / aspect, cos, 0]
     matrix = x.new_tensor([across, down]).expand(len(x), 2, 3)
@@ -1190,28 +1170,23 @@ def move(x, name, amount):
 
 
 def flip_rate(predictions, noise=False):
-    """Return the share of predictions that differ from that of the frame before.
-
-    predictions: (sequences, frames). noise: compare with the first, clean frame instead."""
+    """Return how often predictions (sequences, frames) differ from that of the frame before or, for
+    noise, of the first, clean frame."""
     classes = torch.as_tensor(predictions)
     before = classes[:, :1] if noise else classes[:, :-1]
-    flips = classes[:, 1:] != before  # (sequences, frames - 1)
-    return share(flips)
+    return fraction_true(classes[:, 1:] != before)
 
 
 def mean_flip_rate(rates, reference):
-    """Return mFR, the mean over perturbations p of 100 rates[p] / reference[p].
-
-    Left out, as there is nothing to divide by: where the reference is zero. None if all are."""
-    names = [name for name in rates if reference[name] > 0]
-    ratios = [100 * rates[name] / reference[name] for name in names]
+    """Return mFR, the mean over perturbations p of 100 rates[p] / reference[p], leaving out those
+    whose reference is zero; None if all are."""
+    ratios = [100 * rates[name] / reference[name] for name in rates if reference[name] > 0]
     return sum(ratios) / len(ratios) if ratios else None
 
 
 def mean_corruption_error(errors, reference):
-    """Return mCE, the mean over corruptions c of 100 sum_s errors[c][s] / sum_s reference[c][s].
-
-    s: severities 1-5. Where the reference makes no error, c is left out as in mean_flip_rate."""
+    """Return mCE, the mean over corruptions c of 100 sum_s errors[c][s] / sum_s reference[c][s],
+    with s the severities 1-5; a c without errors of the reference is left out."""
     sums = {name: sum(five) for name, five in errors.items()}
     reference_sums = {name: sum(five) for name, five in reference.items()}
     return mean_flip_rate(sums, reference_sums)
@@ -1232,11 +1207,10 @@ def fgsm(logits_of, images, labels, epsilon):
 def pgd(logits_of, images, labels, epsilon, steps=10, step_size=None):
     """Climb the cross-entropy, within epsilon of the images (L-infinity) and within [0,255].
 
-    logits_of: float images (N,C,H,W), 0-255 -> logits (N,K); images: such floats; labels: (N,);
-    epsilon, step_size: in gray levels -> attacked images. The step, epsilon 1 and no random start
-    are ours; the paper attacks with epsilon up to 16 at 800 x 800."""
-    if step_size is None:
-        step_size = 2.5 * epsilon / steps
+    logits_of: images -> logits (N,K). images: float (N,C,H,W), 0-255, as are the ones returned.
+    labels: (N,). epsilon, step_size: in gray levels. The step size, the start without noise and
+    robustness()'s epsilon 1 are ours; the paper attacks with up to 16, at 800 x 800."""
+    step_size = step_size or 2.5 * epsilon / steps
     x = images.detach()
     low = (x - epsilon).clamp(min=0)
     high = (x + epsilon).clamp(max=255)
@@ -1252,19 +1226,18 @@ def pgd(logits_of, images, labels, epsilon, steps=10, step_size=None):
 
 
 @torch.no_grad()
-def robustness(logits_of, images, labels, cifar10_c=None, seed=0):
+def robustness(logits_of, images, labels, cifar10_c=None):
     """Return the paper's robustness measures on uint8 images (N,C,H,W), ready for JSON.
 
-    logits_of: as for pgd; labels: (N,), on the device to compute on; cifar10_c: what
-    load_cifar10_c returns, to be used in place of corrupt(images)."""
-    generator = torch.Generator(labels.device).manual_seed(seed)
+    logits_of: as for pgd. labels: (N,), on the device to compute on. cifar10_c: a folder whose
+    files are used in place of corrupt(images)."""
+    generator = torch.Generator(labels.device).manual_seed(0)
     images = evenly_spaced(images, ROBUSTNESS_IMAGES).to(labels.device)
     labels = evenly_spaced(labels, ROBUSTNESS_IMAGES)
-    clean_error = error_of(logits_of, images, labels)
 
-    # Corruptions, as in ImageNet-C; the files hold images and labels of their own.
-    errors = {}
-    files, truth = cifar10_c or (None, labels)
+    # ImageNet-C. The files hold images and labels of their own.
+    errors = {}  # name -> one error per severity
+    files, truth = load_cifar10_c(cifar10_c) if cifar10_c else ({}, labels)
     for name in files or CORRUPTIONS:
         if files:
             five = files[name].to(labels.device)
@@ -1272,28 +1245,24 @@ def robustness(logits_of, images, labels, cifar10_c=None, seed=0):
             five = [corrupt(images, name, severity, generator) for severity in range(1, 6)]
         errors[name] = [error_of(logits_of, x, truth) for x in five]
 
-    # Perturbations, as in ImageNet-P: all sequences, one frame at a time.
-    rates = {}
+    # ImageNet-P: all sequences, one frame at a time.
+    rates = {}  # name -> flip rate
     starts = evenly_spaced(images, 50)
     for name in PERTURBATIONS:
         sequences = perturbation_sequence(starts, name, generator)
         classes = [logits_of(frame.float()).argmax(1) for frame in sequences.unbind(1)]
-        classes = torch.stack(classes, 1)  # (sequences, frames)
-        rates[name] = flip_rate(classes, noise=name.endswith("noise"))
+        rates[name] = flip_rate(torch.stack(classes, 1), noise=name.endswith("noise"))
 
-    # Attacks, on the clean images.
-    fgsm_errors = {}
+    # Attacks.
+    fgsm_errors = {}  # epsilon -> error
     for epsilon in (2, 4, 8, 16):
         attacked = fgsm(logits_of, images.float(), labels, epsilon)
         fgsm_errors[str(epsilon)] = error_of(logits_of, attacked, labels)
     attacked = pgd(logits_of, images.float(), labels, epsilon=1)
     pgd_error = error_of(logits_of, attacked, labels)
-    return {
-        "clean_error": clean_error,
-        "corruption_errors": errors,  # name -> one error per severity
-        "flip_rates": rates,          # name -> rate
-        "fgsm": fgsm_errors,          # epsilon -> error
-        "pgd": {"steps": 10, "epsilon": 1, "error": pgd_error}}
+    return {"clean_error": error_of(logits_of, images, labels), "corruption_errors": errors,
+            "flip_rates": rates, "fgsm": fgsm_errors,
+            "pgd": {"steps": 10, "epsilon": 1, "error": pgd_error}}
 
 
 def evenly_spaced(images, count):
@@ -1304,45 +1273,38 @@ def evenly_spaced(images, count):
 
 
 def error_of(logits_of, images, labels):
-    """Return the share of images (N,C,H,W), 0-255, whose predicted class is not their label."""
+    """Return the fraction of images (N,C,H,W), 0-255, whose predicted class is not their label."""
     classes = logits_of(images.float()).argmax(1)
-    return share(classes != labels.to(classes.device))
+    return fraction_true(classes != labels.to(classes.device))
 
 
 def robustness_table(reports):
-    """Return {name: report of robustness()} as text; mCE and mFR relate to the first report."""
-    reference, *_ = reports.values()
+    """Return {name: report of robustness(), with mCE and mFR} as text."""
     rows = [["error in %", "clean", "FGSM 2", "FGSM 4", "FGSM 8", "FGSM 16", "PGD", "mCE", "mFR"]]
     for name, report in reports.items():
         errors = [report["clean_error"], *report["fgsm"].values(), report["pgd"]["error"]]
-        cells = [f"{100 * error:.1f}" for error in errors]
-        for mean in relative_robustness(report, reference).values():
-            cells.append("-" if mean is None else f"{mean:.1f}")
+        percents = [100 * error for error in errors]
+        cells = [decimal(value) for value in (*percents, report["mce"], report["mfr"])]
         rows.append([name, *cells])
     return aligned(rows)
 
 
 def load_cifar10_c(folder):
-    """Read CIFAR-10-C: files of (5n,32,32,3), the same n images at severities 1-5, and labels.npy.
+    """Return {name: uint8 (5,N,3,32,32), by severity} and labels (N,) of CIFAR-10-C.
 
-    -> {name of CIFAR10_C: uint8 (5,N,3,32,32)}, labels (N,), N = ROBUSTNESS_IMAGES of the n.
-    Raise UserError, with its path, if a file is missing, damaged or of another shape."""
+    A file has n images at severity 1, the same at 2, ...; N is ROBUSTNESS_IMAGES of the n."""
     files = {}
     try:
         path = Path(folder, "labels.npy")
-        labels = np.load(path)
-        rows = evenly_spaced(torch.arange(len(labels) // 5), ROBUSTNESS_IMAGES).numpy()
+        labels = np.load(path)  # (5n,)
+        rows = evenly_spaced(torch.arange(len(labels) // 5), ROBUSTNESS_IMAGES)
         for name in CIFAR10_C:
             path = Path(folder, f"{name}.npy")
-            array = np.load(path, mmap_mode="r")
-            shape = (len(labels), 32, 32, 3)
-            require(array.shape == shape and array.dtype == np.uint8,
-                    f"found {array.dtype} {array.shape}, expected uint8 {shape}")
-            pixels = array.reshape(5, -1, 32, 32, 3)[:, rows]  # (5,N,H,W,C)
-            files[name] = torch.from_numpy(pixels).permute(0, 1, 4, 2, 3)
-    except (OSError, ValueError, EOFError) as error:
+            images, classes = as_arrays(np.load(path, mmap_mode="c"), labels)  # (5n,3,32,32), (5n,)
+            files[name] = torch.from_numpy(images).unflatten(0, (5, -1))[:, rows]
+    except Exception as error:  # numpy raises almost anything for a damaged file
         raise UserError(f"{path}: {error}; unpack CIFAR-10-C.tar again") from None
-    return files, torch.from_numpy(labels[rows]).long()
+    return files, torch.from_numpy(classes)[rows]
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -1915,7 +1877,7 @@ class Run:
         say(f"{self.path(name)} was trained before; for a new run choose another --out")
         if "supervised" in self.finished:
             mistakes = self.finished["supervised"]["wrong"]
-            saved["record"]["control_mistakes_error"] = share(saved["wrong"][mistakes])
+            saved["record"]["control_mistakes_error"] = fraction_true(saved["wrong"][mistakes])
         if self.config.robustness and not saved["record"]["robustness"]:
             saved["record"]["robustness"] = measure_robustness(model, self.data, self.config)
             write_file(self.path(name), saved)

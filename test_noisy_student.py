@@ -2150,10 +2150,10 @@ def test_cifar10_c_is_read_by_severity(tmp_path, monkeypatch):
     files = ns.load_cifar10_c(tmp_path)
     third = pixels[8 + 2].transpose(2, 0, 1)  # of the four, at severity 3
     assert difference(files[0]["frost"][2, 1], third) == 0
-    report = ns.robustness(Reader(), gray(), torch.zeros(16).long(), files)
+    report = ns.robustness(Reader(), gray(), torch.zeros(16).long(), tmp_path)
     assert report["corruption_errors"] == dict.fromkeys(fifteen, [0, 0, 0, 0.5, 0.5])
 
-    np.save(tmp_path / "frost.npy", pixels.swapaxes(1, 3))  # channels first
+    np.save(tmp_path / "frost.npy", pixels[1:])
     user_error("frost", ns.load_cifar10_c, tmp_path)
     (tmp_path / "fog.npy").unlink()
     user_error("fog", ns.load_cifar10_c, tmp_path)

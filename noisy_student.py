@@ -982,20 +982,14 @@ def decimal(value):
 
 # ---- Measurements --------------------------------------------------------------------------------
 
-def measure(model, data, config, control_wrong=None):
-    """Return errors of an un-noised network, ready for JSON, and its mistakes on the test images.
-
-    control_wrong: the mistakes of the control, bool (T,), an ImageNet-A for small images; None for
-    the control itself."""
+def measure(model, data, config):
+    """Return errors of an un-noised network, ready for JSON, and its mistakes on test images (T,)."""
     labels = data.test_labels.cpu()  # (T,)
     wrong = predict(model, data.test_images, data, config) != labels  # (T,)
-    per_class = [fraction_true(wrong[labels == k]) for k in range(data.num_classes)]
-    on_mistakes = None if control_wrong is None else fraction_true(wrong[control_wrong])
-    report = measure_robustness(model, data, config) if config.robustness else None
     measurements = {
         "dev_error": error_rate(model, data.dev_images, data.dev_labels, data, config),
-        "test_error": fraction_true(wrong), "test_error_per_class": per_class,
-        "control_mistakes_error": on_mistakes, "robustness": report}
+        "test_error": fraction_true(wrong),
+        "test_error_per_class": [fraction_true(wrong[labels == k]) for k in range(data.num_classes)]}
     return measurements, wrong
 
 
@@ -1875,24 +1869,18 @@ class Run:
         saved = read_file(self.path(name))
         model.load_state_dict(saved["weights"])
         say(f"{self.path(name)} was trained before; for a new run choose another --out")
-        if "supervised" in self.finished:
-            mistakes = self.finished["supervised"]["wrong"]
-            saved["record"]["control_mistakes_error"] = fraction_true(saved["wrong"][mistakes])
-        if self.config.robustness and not saved["record"]["robustness"]:
-            saved["record"]["robustness"] = measure_robustness(model, self.data, self.config)
-            write_file(self.path(name), saved)
-        self.keep(name, saved)
+        self.keep(name, saved, model)
         return model.eval().requires_grad_(False)
 
     def finish(self, name, model, pseudo, progress):
         """Measure and save a trained generation."""
         network = getattr(model, "model", model)  # inside an AtResolution
-        control = self.finished.get("supervised")
-        measured, wrong = measure(model, self.data, self.config, control and control["wrong"])
+        measured, wrong = measure(model, self.data, self.config)
         record = dict(
             name=name, model=network.name, params=sum(w.numel() for w in network.parameters()),
             images_seen=progress.images, seconds=round(progress.seconds, 2),
-            kept=pseudo and pseudo.kept, balanced=pseudo and len(pseudo.rows), **measured)
+            kept=pseudo and pseudo.kept, balanced=pseudo and len(pseudo.rows), **measured,
+            control_mistakes_error=None, robustness=None)
 
         # All that it takes to use the network, and to go on from here.
         saved = dict(
@@ -1900,19 +1888,28 @@ class Run:
             std=self.data.std.cpu(), small_images=is_small(self.data.test_images),
             size=getattr(model, "size", None), weights=model.state_dict(), record=record,
             curve=progress.curve, wrong=wrong)
-        if self.folder:
-            write_file(self.path(name), saved)
-        self.keep(name, saved)
+        self.keep(name, saved, model)
 
-    def keep(self, name, saved):
-        """Add a finished generation to the results."""
+    def keep(self, name, saved, model):
+        """Complete the record of a trained generation, save it and add it to the results."""
         self.finished[name] = saved
         record = saved["record"]
-        if record["robustness"]:  # relative to the first generation, the control
+
+        # The error on the control's mistakes: an ImageNet-A for small images.
+        if "supervised" in self.finished and name != "supervised":
+            mistakes = self.finished["supervised"]["wrong"]
+            record["control_mistakes_error"] = fraction_true(saved["wrong"][mistakes])
+
+        # Robustness, relative to the first generation, the control.
+        if self.config.robustness and not record["robustness"]:
+            record["robustness"] = measure_robustness(model, self.data, self.config)
+        if record["robustness"]:
             first = next(iter(self.finished.values()))["record"]
             reference = first["robustness"] or record["robustness"]
             record["robustness"] |= relative_robustness(record["robustness"], reference)
+
         if self.folder:
+            write_file(self.path(name), saved)
             write_file(self.folder / f"{self.config.study or 'results'}.json", self.results())
         say(f"{name}: wrong on {percent(record['dev_error'])} of the dev images, "
             f"{percent(record['test_error'])} of the test images")

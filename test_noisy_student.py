@@ -130,14 +130,35 @@ def same_state(one, other):
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def user_error(word, function, *args, **options):
-    """function(*args, **options) must raise a UserError of one line that names the word."""
-    with pytest.raises(UserError) as caught:
+def refused(word, function, *args, error=UserError, **options):
+    """function(*args, **options) must raise this error, in one line that names the word."""
+    with pytest.raises(error) as caught:
         function(*args, **options)
     message = str(caught.value)
     assert word in message
     assert "\n" not in message
 
+
+wrong_argument = functools.partial(refused, error=ValueError)  # of the modules beside the method
+
+
+def well_behaved(function, images, drawn):
+    """Assert that function(images, generator=...) repeats with its seed, and leaves its input alone.
+    drawn: every image has random draws of its own."""
+    before = images.clone()
+    out = function(images, generator=seed(1))
+    assert out.dtype == torch.uint8
+    assert out.shape[-3:] == images.shape[1:]
+    assert torch.equal(out, function(images, generator=seed(1)))
+    other = function(images, generator=seed(2))
+    assert torch.equal(out, other) != drawn
+    alone = [function(image[None], generator=seed(1)) for image in images]
+    assert torch.equal(out, torch.cat(alone)) != drawn
+    out.fill_(1)
+    assert torch.equal(images, before)
+
+
+# ---- Networks ------------------------------------------------------------------------------------
 
 PARAMETERS = {"b0": 5_288_548, "b1": 7_794_184, "b2": 9_109_994, "b3": 12_233_232,
               "b4": 19_341_616, "b5": 30_389_784, "b6": 43_040_704, "b7": 66_347_960,
@@ -151,7 +172,8 @@ def meta_network(*args, **options):
 
 def nano(dropout=0.0, survival=1.0):
     torch.manual_seed(0)
-    model = EfficientNet("nano", 5, small_images=True, dropout=dropout, survival=survival)
+    model = EfficientNet("nano", 3, small_images=True, dropout=dropout, survival=survival,
+                         bn_momentum=0.1)
     return model.train()
 
 
@@ -165,20 +187,16 @@ def test_networks_have_the_published_numbers_of_parameters():
     assert FAMILY["l2"][2:] == (475, 0.5, 800)
 
 
-def test_the_printed_table_counts_what_the_paper_counts(capsys, monkeypatch):
-    monkeypatch.setattr(efficientnet, "FAMILY", {"b0": FAMILY["b0"]})
-    efficientnet.print_family()
-    assert capsys.readouterr().out.endswith("5,288,548         0.386G  5.3M, 0.39G\n")
-
-
 def test_scaling_and_rounding_are_the_official_ones():
     depth, width, resolution = compound_scaling(2)  # B3
     assert round(depth, 1) == 1.4
     assert round(width, 1) == 1.2
     assert round(224 * resolution) == 296
-    assert [round_filters(32, w) for w in (1.0, 1.1, 1.2, 1.4, 0.1)] == [32, 32, 40, 48, 8]
+    filters = [round_filters(32, width) for width in (1.0, 1.1, 1.2, 1.4, 0.1)]
+    assert filters == [32, 32, 40, 48, 8]
     assert round_filters(24, 0.5) == 16  # 8 is less than 90% of 12
-    assert [round_repeats(4, d) for d in (1.0, 1.1, 3.1, 0.3)] == [4, 5, 13, 2]
+    repeats = [round_repeats(4, depth) for depth in (1.0, 1.1, 3.1, 0.3)]
+    assert repeats == [4, 5, 13, 2]
 
 
 def test_small_images_keep_their_size_in_stages_2_and_3():
@@ -215,18 +233,21 @@ def same_convolution(x, weight, stride):
         row = i * stride + a - top
         column = j * stride + b - left
         if 0 <= row < height and 0 <= column < width:
-            y[:, :, i, j] += x[:, :, row, column] @ weight[:, :, a, b].T
+            pixels = x[:, :, row, column]  # (N,C)
+            y[:, :, i, j] += pixels @ weight[:, :, a, b].T
     return y
 
 
-@pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (5, 1), (3, 2), (5, 2)])
+@pytest.mark.parametrize("kernel, stride", [(3, 1), (5, 1), (3, 2), (5, 2)])
 def test_padding_is_tensorflows_same(kernel, stride):
     conv = Conv(2, 4, kernel, stride).double().requires_grad_(False)
-    for height, width in ((1, 1), (2, 5), (4, 4), (7, 8), (8, 3)):
+    weight = conv.weight.numpy()
+    for height, width in ((1, 1), (2, 5), (7, 8)):
         x = torch.randn(3, 2, height, width, dtype=torch.double)
-        expected = same_convolution(x.numpy(), conv.weight.numpy(), stride)
+        expected = same_convolution(x.numpy(), weight, stride)
         for training in (True, False):  # maps smaller than the kernel take another way in training
-            assert np.allclose(conv.train(training)(x), expected)
+            conv.train(training)
+            assert np.allclose(conv(x), expected)
 
 
 def test_weights_start_by_fan_out_and_biases_at_zero():
@@ -239,7 +260,8 @@ def test_weights_start_by_fan_out_and_biases_at_zero():
         assert deviation == pytest.approx(math.sqrt(2 / fan), rel=0.1), layer
     largest = model.classifier.weight.abs().max().item()
     assert largest == pytest.approx(1 / math.sqrt(50), rel=0.01)
-    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+    for name, weight in model.named_parameters():
+        assert weight.any() != name.endswith("bias")
     norm = model.blocks[3].project.norm
     assert norm.eps == 1e-3
     assert norm.momentum == 0.03
@@ -273,13 +295,14 @@ def test_a_block_drops_its_branch_only_beside_a_skip(filters, stride):
 def test_each_noise_reaches_the_labeled_rows_alone_and_only_in_training(dropout, survival):
     model = nano(dropout, survival)
     images = torch.randn(4, 3, 32, 32).repeat(3, 1, 1, 1)  # each image three times
-    y = model(images, 4)
-    assert torch.allclose(y[4:8], y[8:], atol=1e-4)
-    assert not torch.allclose(y[:4], y[4:8], atol=1e-2)
-    y = model(images)
-    assert not torch.allclose(y[4:8], y[8:], atol=1e-2)
-    y = model.eval()(images)
-    assert torch.allclose(y[:4], y[4:8], atol=1e-5)
+    noised, second, third = model(images, 4).split(4)
+    assert torch.allclose(second, third, atol=1e-4)
+    assert not torch.allclose(noised, second, atol=1e-2)
+    _, second, third = model(images).split(4)
+    assert not torch.allclose(second, third, atol=1e-2)
+    model.eval()
+    first, second, _ = model(images).split(4)
+    assert torch.allclose(first, second, atol=1e-5)
 
 
 def test_dropout_zeroes_and_rescales_features_before_the_classifier():
@@ -365,17 +388,11 @@ def test_weights_that_do_not_fit_change_nothing(timm_state, key, shape):
         state[key] = torch.ones(shape)
     model = EfficientNet("b0", 5)
     before = model.stem.conv.weight.clone()
-    with pytest.raises(ValueError, match=key):
-        load_timm(model, state)
+    wrong_argument(key, load_timm, model, state)
     assert torch.equal(model.stem.conv.weight, before)
 
 
-@pytest.mark.parametrize("argument, value", [("name", "b9"), ("survival", 0), ("survival", 1.2),
-                                             ("dropout", 1.0), ("num_classes", 0)])
-def test_arguments_out_of_range_are_named(argument, value):
-    with pytest.raises(ValueError, match=str(value)):
-        EfficientNet(**{"name": "nano", argument: value})
-
+# ---- Noise on images -----------------------------------------------------------------------------
 
 SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
@@ -485,27 +502,15 @@ NOISES = {
 } | {name: functools.partial(apply_small, name=name) for name in OPS}
 
 
-def noise_behaves(function, images):
-    """Assert that it repeats with its seed, makes new bytes and takes any memory layout."""
-    before = images.clone()
-    out = function(images, generator=seed(1))
-    assert out.dtype == torch.uint8
-    assert torch.equal(out, function(images, generator=seed(1)))
-    channels_last = images.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(out, function(channels_last, generator=seed(1)))
-    out.fill_(1)
-    assert torch.equal(images, before)
-    for same_shape in (images[:0], images[:1], images.to("meta")):  # meta: nothing to wait for
-        assert function(same_shape).shape == same_shape.shape
-
-
 @pytest.mark.parametrize("name", NOISES)
 def test_noise_is_well_behaved_and_draws_image_by_image(name):
-    noise_behaves(NOISES[name], noise_images(64))
-    copies = recorded_inputs()[:1].expand(64, 3, 32, 32)
-    outputs = NOISES[name](copies, generator=seed(1)).flatten(1)
-    random = name == "Cutout" or name not in OPS
-    assert (len(outputs.unique(dim=0)) > 1) == random
+    noise = NOISES[name]
+    images = noise_images(16)
+    well_behaved(noise, images, drawn=name == "Cutout" or name not in OPS)
+    channels_last = images.to(memory_format=torch.channels_last)
+    assert torch.equal(noise(images, generator=seed(1)), noise(channels_last, generator=seed(1)))
+    for same_shape in (images[:0], images[:1], images.to("meta")):  # meta: nothing to wait for
+        assert noise(same_shape).shape == same_shape.shape
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -552,7 +557,8 @@ def test_two_operations_are_drawn_afresh_and_one_after_the_other():
 
 
 def test_images_keep_their_places():
-    images = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    numbers = torch.arange(200, dtype=torch.uint8)
+    images = numbers.view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     out = RandAugment(1, 5, translate_const=4, cutout_const=4)(images, seed(0))
     same = (out == images).flatten(1).any(1)
     assert same.float().mean() > 0.6  # 12 of the 16 operations leave some pixels of a flat image
@@ -579,8 +585,10 @@ def test_random_crop_draws_every_window_of_the_reflected_image_alike():
     padded = np.pad(image, ((0, 0), (2, 2), (2, 2)), mode="reflect")
     counts = {}
     for y, x in np.ndindex(5, 5):
-        counts[padded[:, y:y + 5, x:x + 6].tobytes()] = 0
-    for out in random_crop(torch.from_numpy(image).expand(2500, 3, 5, 6), 2, seed(0)):
+        window = padded[:, y:y + 5, x:x + 6]
+        counts[window.tobytes()] = 0
+    copies = torch.from_numpy(image).expand(2500, 3, 5, 6)
+    for out in random_crop(copies, 2, seed(0)):
         counts[out.numpy().tobytes()] += 1  # a KeyError if it is none of the 25
     assert chi_square(list(counts.values()), 100) < 59  # p = 1e-4
 
@@ -594,46 +602,37 @@ def test_random_flip_mirrors_half_of_the_images():
     assert 420 < flipped.sum() < 580  # five standard deviations
 
 
-IMAGES = noise_images()
+def test_a_wrong_argument_of_a_network_or_a_noise_is_named():
+    wrong_argument("b9", EfficientNet, "b9")
+    wrong_argument("num_classes", EfficientNet, "nano", 0)
+    wrong_argument("dropout", EfficientNet, "nano", dropout=1.0)
+    wrong_argument("survival", EfficientNet, "nano", survival=0)
+    wrong_argument("survival", EfficientNet, "nano", survival=1.2)
+
+    images = noise_images()
+    wrong_argument("float32", random_flip, images.float())
+    wrong_argument("(3, 17, 23)", random_flip, images[0])
+    wrong_argument("uint8", random_flip, images.numpy())
+    wrong_argument("(4, 17, 23, 3)", apply_op, images.permute(0, 2, 3, 1), "Invert", 5)
+    wrong_argument("Identity", apply_op, images, "Identity", 5)
+    wrong_argument("sign 0", apply_op, images, "Rotate", 5, 0)
+    wrong_argument("sign", apply_op, images, "Rotate", 5, torch.ones(3))
+    wrong_argument("level -1", apply_op, images, "Color", -1)
+    wrong_argument("level nan", RandAugment, 2, math.nan)
+    wrong_argument("num_ops", RandAugment, 1.5)
+    wrong_argument("padding", random_crop, images, 17)
+    wrong_argument("half_size", cutout, images, -1)
 
 
-@pytest.mark.parametrize("word, function, arguments", [
-    ("float32", random_flip, (IMAGES.float(),)),
-    ("(3, 17, 23)", random_flip, (IMAGES[0],)),
-    ("uint8", random_flip, (IMAGES.numpy(),)),
-    ("(4, 17, 23, 3)", apply_op, (IMAGES.permute(0, 2, 3, 1), "Invert", 5)),
-    ("Identity", apply_op, (IMAGES, "Identity", 5)),
-    ("level -1", apply_op, (IMAGES, "Color", -1)),
-    ("level nan", RandAugment, (2, math.nan)),
-    ("sign 0", apply_op, (IMAGES, "Rotate", 5, 0)),
-    ("sign", apply_op, (IMAGES, "Rotate", 5, torch.ones(3))),
-    ("num_ops 1.5", RandAugment, (1.5,)),
-    ("padding 17", random_crop, (IMAGES, 17)),
-    ("half_size -1", cutout, (IMAGES, -1)),
-])
-def test_a_wrong_argument_is_named_in_one_line(word, function, arguments):
-    with pytest.raises(ValueError) as error:
-        function(*arguments)
-    message = str(error.value)
-    assert word in message
-    assert "\n" not in message
-
-
-def test_the_contact_sheet_says_what_it_needs(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert randaugment.main([]) == 2
-    assert "matplotlib" in capsys.readouterr().err
-    assert randaugment.main(["missing.npy"]) == 2
-    assert "missing.npy" in capsys.readouterr().err
-
-
-def test_the_contact_sheet_is_drawn(monkeypatch, tmp_path):
+def test_the_contact_sheet_is_drawn_and_a_missing_file_named(monkeypatch, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(randaugment, "LEVELS", (5,))
     np.save("images.npy", noise_images().movedim(1, 3).numpy())
     assert randaugment.main(["images.npy"]) == 0
     assert randaugment.SHEET.exists()
+    assert randaugment.main(["missing.npy"]) == 2
+    assert "missing.npy" in capsys.readouterr().err
 
 
 DATA = small_data()  # nothing changes it
@@ -665,7 +664,7 @@ def test_ranges_have_the_ends_that_they_state():
         assert getattr(config, name.replace("-", "_")) == float(value)
     for pair in REFUSED.split(","):
         name, value = pair.split()
-        user_error("--" + name, ns.parse_args, [f"--{name}={value}"])
+        refused("--" + name, ns.parse_args, [f"--{name}={value}"])
 
 
 def test_values_become_plain_python_or_are_refused():
@@ -674,15 +673,12 @@ def test_values_become_plain_python_or_are_refused():
     found = [config.steps, config.learning_rate, config.epochs, config.out, config.joint]
     assert repr(found) == "[5, 0.5, 7.0, 'a/b', False]"
     assert config.models == ("nano", "tiny")
-    wrong = dict(steps=2.5, seed="0", joint=1, ema="0.1", epochs=None, dataset=None, out="")
-    for name, value in wrong.items():
-        user_error("--" + name, Config, **{name: value})
+    for name, value in dict(steps=2.5, joint="no", epochs=None, dataset=None).items():
+        refused("--" + name, Config, **{name: value})
 
 
-def test_chains_that_make_no_sense_are_refused_or_warned_of():
-    user_error("--models", Config, models=("nano",))
-    user_error("b9", Config, models=("nano", "b9"))
-    user_error("--warm-start", Config, models=("nano", "nano", "micro"), warm_start=True)
+def test_chains_of_unequal_networks_are_refused_or_warned_of():
+    refused("--warm-start", Config, models=("nano", "nano", "micro"), warm_start=True)
     with pytest.warns(UserWarning, match="micro .*smaller"):  # less wide
         Config(models=("nano", "tiny", "micro"))
     with pytest.warns(UserWarning, match="small .*smaller"):  # less deep
@@ -1061,30 +1057,29 @@ def test_a_network_is_built_as_configured():
         assert [b.survival for b in model.blocks] == [b.survival for b in wanted.blocks]
 
 
-def plain_net(outputs=3, **batch_norm):
-    """A user's own network, whose forward takes images alone."""
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, **batch_norm), nn.ReLU(),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, outputs))
-
-
 def test_any_network_can_be_teacher_and_student():
-    teacher = ns.train(plain_net(), DATA, small_config())
-    pseudo = ns.make_pseudo(teacher, DATA, small_config())
-    student = ns.train(plain_net(), DATA, small_config(), pseudo)
-    error = ns.error_rate(student, DATA.test_images, DATA.test_labels, DATA, small_config())
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                            nn.Linear(8, 3))  # its forward takes images alone
+    config = small_config()
+    teacher = ns.train(copy.deepcopy(network), DATA, config)
+    pseudo = ns.make_pseudo(teacher, DATA, config)
+    student = ns.train(network, DATA, config, pseudo)
+    error = ns.error_rate(student, DATA.test_images, DATA.test_labels, DATA, config)
     assert error == share_wrong(student, DATA.test_images, DATA.test_labels)
 
 
 def test_networks_and_images_that_do_not_fit_are_refused():
-    user_error("output", ns.train, plain_net(outputs=4), DATA, small_config())
-    user_error("uint8", ns.pseudo_label, plain_net(), torch.rand(2, 3, 8, 8), DATA, small_config())
-    user_error("loss", ns.loss_weights, "mean", 2)
-    stateless = plain_net(track_running_stats=False)
-    user_error("track_running_stats", ns.train, stateless, DATA, small_config())
-    user_error("track_running_stats", labeled_by, stateless)
-    broken = plain_net()
-    nn.init.constant_(broken[-1].bias, math.nan)
-    user_error("loss", ns.train, broken, DATA, small_config())
+    config = small_config()
+    network = SmallNet()
+    refused("uint8", ns.pseudo_label, network, torch.rand(2, 3, 8, 8), DATA, config)
+    refused("loss", ns.loss_weights, "mean", 2)
+    network.linear = nn.Linear(12, 4)
+    refused("output", ns.train, network, DATA, config)
+    stateless = SmallNet()
+    stateless.norm1 = nn.BatchNorm2d(12, track_running_stats=False)
+    refused("track_running_stats", ns.train, stateless, DATA, config)
+    refused("track_running_stats", labeled_by, stateless)
 
 
 # ---- Pseudo labels ----
@@ -1098,11 +1093,6 @@ def used(model):
     return model
 
 
-def used_net(**noise):
-    torch.manual_seed(0)
-    return used(EfficientNet("nano", 3, small_images=True, bn_momentum=0.1, **noise))
-
-
 def labeled_by(teacher, key="", batch=1000, **changes):
     """What the code says of the unlabeled images, as probabilities_of does."""
     config = small_config(**changes)
@@ -1113,7 +1103,7 @@ def test_the_teacher_labels_without_noise_and_comes_back_as_it_was():
     loaded = used(SmallNet(dropout=0.5))
     loaded.mean = torch.tensor([0.1, 0.2, 0.3])  # these win over the data's
     loaded.std = torch.tensor([0.4, 0.5, 0.6])
-    noisy = used_net(dropout=0.5, survival=0.3)
+    noisy = used(nano(dropout=0.5, survival=0.3))
     for teacher, statistics in ((loaded, loaded), (noisy, DATA)):
         before = state_of(teacher)
         wanted = probabilities_of(teacher, statistics=statistics)
@@ -1126,10 +1116,9 @@ def test_the_teacher_labels_without_noise_and_comes_back_as_it_was():
 
 
 def test_a_noisy_teacher_has_the_noise_of_training_and_the_average_batch_norm():
-    quiet = dict(dropout=0.0, survival=1.0)
     for in_network, on_images in ((dict(dropout=0.5), {}), (dict(survival=0.3), {}),
                                   ({}, dict(cutout=8)), ({}, {})):
-        teacher = used_net(**quiet | in_network)
+        teacher = used(nano(**in_network))
         before = state_of(teacher)
         found = labeled_by(teacher, noisy_teacher=True, **QUIET | on_images)
         is_clean = torch.allclose(found, probabilities_of(teacher), atol=1e-4)
@@ -1238,8 +1227,8 @@ def test_less_than_a_batch_is_refused_and_an_empty_class_warned_of():
 
     eighth = CONFIDENCE.sort(descending=True).values[7].item()
     pseudo_of(threshold=eighth - 0.005)  # a step takes 8
-    user_error("--threshold", pseudo_of, threshold=eighth + 0.005)
-    user_error("batch", pseudo_of, balance=True, per_class=2)
+    refused("--threshold", pseudo_of, threshold=eighth + 0.005)
+    refused("batch", pseudo_of, balance=True, per_class=2)
 
 
 # ---- Fix-resolution fine-tune ----
@@ -1247,7 +1236,7 @@ def test_less_than_a_batch_is_refused_and_an_empty_class_warned_of():
 @functools.cache
 def fine_tuned():
     """Return a network, its state before, the fine-tuned one, what the stem saw, and the steps."""
-    model = used_net(dropout=0.2).eval().requires_grad_(False)
+    model = used(nano(dropout=0.2, survival=0.8)).eval().requires_grad_(False)
     before = state_of(model)
     inputs = []
     hook = model.stem.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
@@ -1336,7 +1325,7 @@ def test_a_student_beats_teacher_and_control_unless_a_step_is_broken():
     assert student < min(broken) - 0.15
 
 
-# ---- Room: files, studies, command line ----------------------------------------------------------
+# ---- Files and progress --------------------------------------------------------------------------
 
 HERE = Path(__file__).parent
 STEPS = 5
@@ -1416,10 +1405,7 @@ def copied(whole, tmp_path):
 def arrays(tmp_path_factory):
     """A data set as a folder: 60 training and 30 test images of 8x8 pixels, three classes."""
     folder = tmp_path_factory.mktemp("arrays")
-    for part, count in (("train", 60), ("test", 30)):
-        images = torch.randint(256, (count, 3, 8, 8), generator=seed(0), dtype=torch.uint8)
-        np.save(folder / f"{part}_images.npy", images)
-        np.save(folder / f"{part}_labels.npy", np.arange(count) % 3)
+    write_folder(folder)
     return folder
 
 
@@ -1456,14 +1442,14 @@ tests.run_in(sys.argv[1])
 def test_a_killed_process_leaves_nothing_torn_and_a_second_one_is_refused(whole, tmp_path):
     process = start(HALF_WRITTEN, tmp_path)
     assert process.stderr.readline() == "half\n"
-    user_error("process", run_in, tmp_path)
+    refused("process", run_in, tmp_path)
     process.kill()
     process.communicate()
     run_in(tmp_path)
     assert contents(tmp_path) == contents(whole)
 
 
-def test_a_finished_run_is_not_trained_again(copied, monkeypatch, capsys):
+def test_a_finished_run_is_not_trained_again(copied, monkeypatch):
     files = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied.glob("*.pt")}
     results = json.loads((copied / "results.json").read_text())
     (copied / "results.json").write_text("{")  # never read
@@ -1471,8 +1457,6 @@ def test_a_finished_run_is_not_trained_again(copied, monkeypatch, capsys):
     assert run_in(copied)["generations"] == results["generations"]
     for path, before in files.items():
         assert (path.stat().st_mtime_ns, path.read_bytes()) == before
-    text = capsys.readouterr().out
-    assert "control's mistakes" in text and "pip install matplotlib" in text
 
     # Robustness can be measured later, and once.
     monkeypatch.setattr(ns, "CORRUPTIONS", dict(contrast=ns.CORRUPTIONS["contrast"]))
@@ -1485,18 +1469,14 @@ def test_a_finished_run_is_not_trained_again(copied, monkeypatch, capsys):
 
 def test_a_folder_belongs_to_one_configuration_and_one_set_of_data(copied):
     before = contents(copied)
-    pool = small_data().unlabeled_images
-    for changes in (dict(unlabeled_images=pool.flip(0)), dict(unlabeled_images=pool[1:]),
-                    dict(labels=small_data().labels.flip(0)), dict(flip=True)):
-        user_error("data", run_in, copied, small_data(**changes))
-
+    refused("data", run_in, copied, small_data(flip=True))
     path = copied / "config.json"
     saved = json.loads(path.read_text())
     may_differ = {"out", "data_dir", "device", "study", "seeds", "robustness"}
     assert saved.keys() == FIELDS.keys() - may_differ | {"data"}
     for name in saved:
         path.write_text(json.dumps({**saved, name: "another"}))
-        user_error(name, run_in, copied)
+        refused(name, run_in, copied)
     assert contents(copied) == before
 
 
@@ -1506,28 +1486,20 @@ def test_a_damaged_file_is_named(copied):
     code = path.with_name("code").read_bytes()
     for content in (b"", path.read_bytes()[:999], code):
         path.write_bytes(content)
-        user_error("teacher.pt", run_in, copied)
-    user_error("absent", ns.load_model, copied / "absent.pt")
+        refused("teacher.pt", run_in, copied)
+    refused("absent", ns.load_model, copied / "absent.pt")
 
 
 def test_results_are_strict_json_in_the_order_of_the_chain(whole):
     text = (whole / "results.json").read_text()
     results = json.loads(text, parse_constant=pytest.fail)  # of nan
     assert results["config"].keys() == FIELDS.keys()
-    records = {record["name"]: record for record in results["generations"]}
-    assert list(records) == ["supervised", "teacher", "student 1", "student 1 at 20 px"]
+    records = results["generations"]
+    names = [record["name"] for record in records]
+    assert names == ["supervised", "teacher", "student 1", "student 1 at 20 px"]
     keys = {"name", "model", "params", "images_seen", "seconds", "kept", "balanced", "dev_error",
             "test_error", "test_error_per_class", "control_mistakes_error", "robustness"}
-    params = sum(w.numel() for w in EfficientNet("nano", 3).parameters())
-    for record in records.values():
-        assert record.keys() == keys
-        assert (record["model"], record["params"]) == ("nano", params)
-
-    # Four labeled images in a step; a student sees eight unlabeled ones, too.
-    for name, counts in (("teacher", (STEPS * 4, None)), ("student 1", (STEPS * 12, 30))):
-        record = records[name]
-        assert (record["images_seen"], record["kept"]) == counts
-        assert record["balanced"] == record["kept"]
+    assert all(record.keys() == keys for record in records)
 
 
 @pytest.mark.parametrize("scale", [1, 5])  # above 64 pixels, the network has other strides
@@ -1550,26 +1522,22 @@ def test_a_saved_network_labels_without_its_data(scale, tmp_path):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_progress_has_a_hundred_means_and_names_the_first_loss_that_is_no_number(tmp_path):
-    progress = ns.Progress("x", 1000)
+def test_progress_keeps_means_and_names_the_first_loss_that_is_no_number(tmp_path):
+    progress = ns.Progress("x", 1000)  # a mean for every ten steps
     progress.resume({}, 0)
     two = torch.tensor(2.0)
-    for step in range(1, 1001):
+    for step in range(1, 31):
         progress.step(step, torch.tensor(float(step)), two, 3, {})
-    steps, loss_l, loss_u = zip(*progress.curve)
-    assert list(steps) == list(range(10, 1001, 10))
-    assert list(loss_l) == [step - 4.5 for step in steps]
-    assert set(loss_u) == {2}
-    assert progress.images == 3000
+    assert [list(means) for means in progress.curve] == [[10, 5.5, 2], [20, 15.5, 2], [30, 25.5, 2]]
+    assert progress.images == 90
 
-    progress.resume({}, 0)
-    for step in range(1, 10):
-        progress.step(step, two, two if step < 7 else two / 0, 3, {})
-    user_error("step 7 of 1000", progress.step, 10, two, two / 0, 3, {})
-    user_error("--learning-rate", run_in, tmp_path, learning_rate=1e30)
+    for step in range(31, 40):
+        progress.step(step, two, two if step < 37 else two / 0, 3, {})
+    refused("step 37 of 1000", progress.step, 40, two, two / 0, 3, {})
+    refused("--learning-rate", run_in, tmp_path, learning_rate=1e30)
 
 
-# ---- Studies ----
+# ---- Studies -------------------------------------------------------------------------------------
 
 def study_config(arrays, folder, study, **changes):
     base = dict(dataset=arrays, labels=12, dev=12, unlabeled=None, seeds=1, steps=2, crop=1,
@@ -1672,7 +1640,7 @@ def test_studies_have_their_base_and_their_amount_of_data(arrays, tmp_path, monk
     # What cannot work is refused before the teacher is trained.
     monkeypatch.setattr(ns, "train_step", None)
     config = study_config(arrays, tmp_path / "high", "labels", threshold=0.7)
-    user_error("--below", ns.run_study, config)
+    refused("--below", ns.run_study, config)
 
 
 def test_the_table_of_a_study_has_paired_differences():
@@ -1684,7 +1652,7 @@ def test_the_table_of_a_study_has_paired_differences():
     assert (table["teacher"]["difference"], table["teacher"]["std"]) == (2, None)
 
 
-# ---- Command line ----
+# ---- Command line --------------------------------------------------------------------------------
 
 def parsed(name, *values):
     return getattr(ns.parse_args(["--dataset", "cifar10", FLAGS[name], *values]), name)
@@ -1717,8 +1685,7 @@ def test_every_field_has_a_flag_which_wins_over_preset_and_default(capsys):
 
 
 ERRORS = """
-    --bogus 1: --bogus                   --steps x: --steps             --steps 0: --steps
-    --ema 1: --ema                       --learning-rate nan: --learning-rate
+    --bogus 1: --bogus                   --steps x: --steps             --ema 1: --ema
     --study=: --study                    --out=: --out                  --data-dir=: --data-dir
     --unlabeled-dataset=: --unlabeled    --loss bogus: --loss           --preset paper: --preset
     --study bogus: bogus                 --models nano: --models        --models nano b99: b99
@@ -1759,9 +1726,6 @@ def test_output_that_cannot_be_shown_ends_nothing(monkeypatch):
     text = shown.buffer.getvalue().decode()
     assert all(name in text for name in ns.STUDIES)
     assert text.endswith("?")
-
-    monkeypatch.setattr(sys, "stdout", None)  # >&-
-    assert ns.main(["--study", "list"]) == 0
 
     reader, writer = os.pipe()  # | true
     os.close(reader)
@@ -1894,10 +1858,6 @@ def pattern(height=32):
     return torch.from_numpy(picture).byte().permute(2, 0, 1)[None]
 
 
-def random_images(n, height=20, width=24):
-    return torch.randint(256, (n, 3, height, width), generator=seed(0), dtype=torch.uint8)
-
-
 def gray():
     return torch.full((16, 3, 32, 32), 128, dtype=torch.uint8)
 
@@ -1923,40 +1883,32 @@ def deviation(images):
     return images.double().std().item() / 255
 
 
-def poisson(photons):
-    """The deviation of gray(): of a count, the variance is the mean."""
-    return math.sqrt(128 / 255 / photons)
-
-
-def well_behaved(function, images, *settings, drawn):
-    """function(images, *settings, generator) is; drawn: every image has random draws of its own."""
-    before = images.clone()
-    result = function(images, *settings, seed(7))
-    again = function(images, *settings, seed(7))
-    other = function(images, *settings, seed(8))
-    alone = [function(image[None], *settings, seed(7)) for image in images]
-    assert torch.equal(images, before)
-    assert result.dtype == torch.uint8
-    assert result.shape[-3:] == images.shape[1:]
-    assert torch.equal(result, again)
-    assert torch.equal(result, other) != drawn
-    assert torch.equal(result, torch.cat(alone)) != drawn
-
-
-def test_corruptions_are_well_behaved():
-    assert len(ns.CORRUPTIONS) == 8
+def test_corruptions_and_perturbations_are_well_behaved():
+    images = noise_images(3)
+    assert (len(ns.CORRUPTIONS), len(ns.PERTURBATIONS)) == (8, 6)
     for name in ns.CORRUPTIONS:
-        well_behaved(ns.corrupt, random_images(3), name, 5, drawn=name in DRAWN)
+        corrupt = functools.partial(ns.corrupt, name=name, severity=5)
+        well_behaved(corrupt, images, drawn=name in DRAWN)
+    for name in ns.PERTURBATIONS:
+        perturb = functools.partial(ns.perturbation_sequence, name=name)
+        well_behaved(perturb, images, drawn=name in DRAWN)
+        frames = perturb(images).unbind(1)
+        clean = [k for k, frame in enumerate(frames) if torch.equal(frame, images)]
+        assert clean == [CLEAN.get(name, 15)]
+        assert len(frames) == (16 if name == "translate" else 31)
     for severity in (0, 6):
-        user_error("severity", ns.corrupt, gray(), "fog", severity)
+        refused("severity", ns.corrupt, images, "fog", severity)
 
 
 def test_corruptions_equal_the_published_ones():
     for name, text in PUBLISHED_CORRUPTIONS.items():
-        five = [ns.corrupt(pattern(), name, severity, seed(5)) for severity in range(1, 6)]
+        five = []
+        for severity in range(1, 6):
+            corrupted = ns.corrupt(pattern(), name, severity, seed(5))
+            five.append(corrupted)
         allowed = 0 if name == "pixelate" else 1
         assert recorded_difference(torch.cat(five), 388, text) <= allowed
-    pixels = ns.corrupt(random_images(1, 36, 36), "pixelate", 2)
+    pixels = ns.corrupt(noise_images(1, 36, 36), "pixelate", 2)
     assert checksums(pixels).tolist() == [7252532084842384]  # by Pillow
 
 
@@ -1975,7 +1927,8 @@ def test_noise_has_the_published_strength():
         assert deviation(noisy) == pytest.approx(sigma, rel=0.02)
     for severity, photons in enumerate((500, 250, 100, 75, 50), start=1):
         noisy = ns.corrupt(images, "shot_noise", severity, seed(0))
-        assert deviation(noisy) == pytest.approx(poisson(photons), rel=0.02)
+        poisson = math.sqrt(128 / 255 / photons)  # of a count, the variance is the mean
+        assert deviation(noisy) == pytest.approx(poisson, rel=0.02)
         assert noisy.double().mean() == pytest.approx(127.5, abs=0.3)  # truncated
     for severity, amount in enumerate((0.01, 0.02, 0.03, 0.05, 0.07), start=1):
         noisy = ns.corrupt(images, "impulse_noise", severity, seed(0))
@@ -1984,22 +1937,11 @@ def test_noise_has_the_published_strength():
             assert hit.mean() == pytest.approx(amount / 2, rel=0.15)
             assert hit.amin(1).mean() < amount / 10  # each channel on its own
 
-    # The sequences, drawn anew for every frame.
-    for name, sigma in (("gaussian_noise", 0.02), ("shot_noise", poisson(700))):
+    # The sequences, drawn anew for every frame; 700 photons.
+    for name, sigma in (("gaussian_noise", 0.02), ("shot_noise", math.sqrt(128 / 255 / 700))):
         frames = ns.perturbation_sequence(images, name, seed(0))[:, 1:]
         assert deviation(frames) == pytest.approx(sigma, rel=0.03)
         assert not torch.equal(frames[:, 0], frames[:, 1])
-
-
-def test_perturbations_are_well_behaved_and_contain_the_clean_image_once():
-    assert len(ns.PERTURBATIONS) == 6
-    images = random_images(3)
-    for name in ns.PERTURBATIONS:
-        well_behaved(ns.perturbation_sequence, images, name, drawn=name in DRAWN)
-        frames = ns.perturbation_sequence(images, name).unbind(1)
-        clean = [k for k, frame in enumerate(frames) if torch.equal(frame, images)]
-        assert clean == [CLEAN.get(name, 15)]
-        assert len(frames) == (16 if name == "translate" else 31)
 
 
 def test_perturbations_equal_the_script():
@@ -2007,7 +1949,7 @@ def test_perturbations_equal_the_script():
     steps = torch.arange(-15, 16)
     assert difference(frames, 128 + 3.825 * steps - 0.5) <= 0.51  # 0.015 * 255, truncated
 
-    image = random_images(1, 20, 224)
+    image = noise_images(1, 20, 224)
     frames = ns.perturbation_sequence(image, "translate").unbind(1)
     for step, frame in enumerate(frames, start=-7):
         source = torch.arange(224) - step
@@ -2061,7 +2003,7 @@ def attacked_by_hand(x, labels, epsilon, steps, step_size):
 
 
 def test_attacks_in_closed_form():
-    x = random_images(6, 8, 8).double()
+    x = noise_images(6, 8, 8).double()
     before = x.clone()
     labels = torch.tensor([0, 1, 2, 3, 0, 1])
     with torch.no_grad():
@@ -2071,16 +2013,6 @@ def test_attacks_in_closed_form():
     assert difference(slow, attacked_by_hand(x, labels, 8, 10, 2)) < 1e-9
     assert torch.equal(x, before)
     assert not x.requires_grad
-
-
-def test_evenly_spaced_for_any_two_sizes():
-    for n in (1, 7, 255, 256, 257, 300, 511, 512, 10_000):
-        for count in (1, 50, 256):
-            rows = ns.evenly_spaced(torch.arange(n), count)
-            gaps = torch.cat([rows, torch.tensor([n])]).diff()
-            assert rows[0] == 0
-            assert len(rows) == min(n, count)
-            assert 1 <= gaps.min() and gaps.max() <= gaps.min() + 1
 
 
 class Reader(nn.Module):
@@ -2116,7 +2048,7 @@ def test_measure_by_hand():
 
 
 def test_robustness_is_of_images_from_the_whole_set():
-    images = random_images(300, 8, 8)
+    images = noise_images(300, 8, 8)
     known = checksums(images)
 
     def logits_of(x):  # class 0 for the clean images alone
@@ -2127,8 +2059,8 @@ def test_robustness_is_of_images_from_the_whole_set():
 
     labels = (torch.arange(300) >= 290).long()
     report = ns.robustness(logits_of, images, labels)
-    error = ns.evenly_spaced(labels, 256).double().mean()
-    assert report["clean_error"] == error > 0
+    error = 8 / 256  # every 300/256th image: 8 of the last 10
+    assert report["clean_error"] == error
     assert report["corruption_errors"].keys() == ns.CORRUPTIONS.keys()
     assert report["corruption_errors"]["fog"] == [1 - error] * 5
     assert report["flip_rates"] == {
@@ -2166,9 +2098,9 @@ def test_cifar10_c_is_read_by_severity(tmp_path, monkeypatch):
     assert report["corruption_errors"] == dict.fromkeys(fifteen, [0, 0, 0, 0.5, 0.5])
 
     np.save(tmp_path / "frost.npy", pixels.swapaxes(1, 3))  # channels first
-    user_error("frost", ns.load_cifar10_c, tmp_path)
+    refused("frost", ns.load_cifar10_c, tmp_path)
     (tmp_path / "fog.npy").unlink()
-    user_error("fog", ns.load_cifar10_c, tmp_path)
+    refused("fog", ns.load_cifar10_c, tmp_path)
 
 
 # ---- Data: small files and arrays ----------------------------------------------------------------
@@ -2226,7 +2158,7 @@ def write_cifar(folder, archive, files, *labels):
 
 # 60 training and 30 test images of three classes. The first value of an image is its number, and
 # the number's remainder by 3 is its class.
-SOME_IMAGES = random_bytes(90, 3, 8, 10)
+SOME_IMAGES = random_bytes(90, 3, 8, 8)
 SOME_IMAGES[:, 0, 0, 0] = np.arange(90)
 SOME_CLASSES = np.arange(90) % 3
 ARRAYS = dict(train_images=SOME_IMAGES[:60], train_labels=SOME_CLASSES[:60],
@@ -2237,26 +2169,17 @@ def own(**changes):
     return Data.from_arrays(**dict(ARRAYS, dev=10, labels=9) | changes)
 
 
-def numbers(images):
-    return images[:, 0, 0, 0].tolist()
-
-
-def refused(word, function, *args, **options):
-    with pytest.raises(UserError, match=word) as caught:
-        function(*args, **options)
-    assert "\n" not in str(caught.value)
-
-
 def write_folder(folder, **more):
     """Write the arrays as .npy files and return the configuration that reads them."""
     for name, array in (ARRAYS | more).items():
         np.save(folder / f"{name}.npy", array)
-    return config(dataset=str(folder), data_dir=str(folder), labels=9)
+    return data_config(dataset=str(folder), data_dir=str(folder), labels=9)
 
 
-def config(**changes):
+def data_config(**changes):
     """A configuration that uses all of a small data set."""
-    return Config(**dict(labels=20, dev=10, test=None, unlabeled=None) | changes)
+    all_of_it = dict(labels=20, dev=10, test=None, unlabeled=None)
+    return Config(**all_of_it | changes)
 
 
 def first_rows(n, count):
@@ -2272,11 +2195,10 @@ def test_mat_files_are_read_as_written(tmp_path, compressed):
     path = tmp_path / "a.mat"
     for kind in MAT_CODES:
         y = np.arange(7, dtype=kind)[:, None]
-        for wanted in ({"X": X, "y": y}, {"y": y, "X": X}):
-            write_mat(path, wanted, compressed)
-            found = read_mat(path)
-            assert np.array_equal(found["X"], X)
-            assert np.array_equal(found["y"], y)
+        write_mat(path, {"y": y, "X": X}, compressed)
+        found = read_mat(path)
+        assert np.array_equal(found["X"], X)
+        assert np.array_equal(found["y"], y)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -2297,7 +2219,7 @@ def test_svhn_has_the_official_dev_split_and_extra_images_without_labels(tmp_pat
     test_images, test_labels = write_svhn(tmp_path, "test", 30)
     extra, _ = write_svhn(tmp_path, "extra", 2500)
     tracemalloc.start()
-    data = load_data(config(dataset="svhn", data_dir=str(tmp_path), extra=True))
+    data = load_data(data_config(dataset="svhn", data_dir=str(tmp_path), extra=True))
     assert tracemalloc.get_traced_memory()[1] < 1.3 * extra.nbytes + 1e6
     tracemalloc.stop()
 
@@ -2317,7 +2239,7 @@ def test_cifar_is_read_inside_its_archives(tmp_path):
     files = ["data_batch_2.bin", "test_batch.bin", "data_batch_1.bin"]
     label = np.arange(200) % 100
     images = write_cifar(tmp_path, "cifar-10-binary.tar.gz", files, label // 10)
-    data = load_data(config(dataset="cifar10", data_dir=str(tmp_path)))
+    data = load_data(data_config(dataset="cifar10", data_dir=str(tmp_path)))
     dev = first_rows(400, 10)
     assert np.array_equal(data.dev_images, np.concatenate([images[2], images[0]])[dev])
     assert np.array_equal(data.test_images, images[1])
@@ -2326,7 +2248,7 @@ def test_cifar_is_read_inside_its_archives(tmp_path):
 
     files = ["train.bin", "test.bin"]
     write_cifar(tmp_path, "cifar-100-binary.tar.gz", files, label // 5, label)
-    data = load_data(config(dataset="cifar100", data_dir=str(tmp_path), labels=100))
+    data = load_data(data_config(dataset="cifar100", data_dir=str(tmp_path), labels=100))
     assert data.flip
     assert np.array_equal(data.test_labels, label)
 
@@ -2364,9 +2286,9 @@ def test_a_missing_file_is_downloaded_and_its_sum_compared(tmp_path, monkeypatch
 
 def test_every_training_image_is_in_one_part_and_keeps_its_label():
     data = own()
-    labeled = numbers(data.labeled_images)
-    dev = numbers(data.dev_images)
-    assert sorted(labeled + dev + numbers(data.unlabeled_images)) == list(range(60))
+    labeled = numbers_of(data.labeled_images)
+    dev = numbers_of(data.dev_images)
+    assert sorted(labeled + dev + numbers_of(data.unlabeled_images)) == list(range(60))
     assert data.labels.tolist() == [number % 3 for number in labeled]
     assert data.dev_labels.tolist() == [number % 3 for number in dev]
     assert dev == first_rows(60, 10).tolist()
@@ -2381,22 +2303,18 @@ def test_labels_are_dealt_in_turns():
 
 
 def test_the_seed_chooses_labeled_images_and_nothing_else(tmp_path):
-    settings = write_folder(tmp_path, unlabeled_images=SOME_IMAGES[60:])
+    settings = write_folder(tmp_path, unlabeled_images=SOME_IMAGES)
+    settings = replace(settings, unlabeled=20)
     data = load_data(settings)
+    assert numbers_of(data.unlabeled_images) == first_rows(90, 20).tolist()
     other = load_data(replace(settings, seed=1))
     assert not torch.equal(data.labeled_images, other.labeled_images)
     replaced = replace(other, labeled_images=data.labeled_images, labels=data.labels)
     assert digest(replaced) == digest(data)
 
 
-def test_fewer_unlabeled_images_are_the_first_in_a_fixed_order(tmp_path):
-    settings = write_folder(tmp_path, unlabeled_images=SOME_IMAGES)
-    pool = load_data(replace(settings, unlabeled=20)).unlabeled_images
-    assert numbers(pool) == first_rows(90, 20).tolist()
-
-
 def test_statistics_are_of_the_training_images_without_dev():
-    pool = np.zeros((25, 3, 8, 10), np.uint8)
+    pool = np.zeros((25, 3, 8, 8), np.uint8)
     data = own(unlabeled_images=pool)
     pixels = np.delete(SOME_IMAGES[:60], first_rows(60, 10), 0) / 255
     assert np.allclose(data.mean, pixels.mean((0, 2, 3)))
@@ -2407,33 +2325,25 @@ def test_statistics_are_of_the_training_images_without_dev():
 def test_numpys_numbers_shares_tensors_and_dev_images_are_taken():
     wanted = digest(own(dev=15))
     mirrored = np.flip(np.flip(SOME_IMAGES[60:], 1).copy(), 1)
-    counts = dict(dev=np.int64(15), labels=np.int32(9), seed=np.int64(0), flip=np.bool_(False))
-    for changes in (counts, dict(dev=np.float32(0.25)), dict(dev=15, test_images=mirrored),
-                    dict(dev=15, train_images=torch.from_numpy(SOME_IMAGES[:60]))):
+    tensor = torch.from_numpy(SOME_IMAGES[:60])
+    numpys = dict(dev=np.int64(15), labels=np.int32(9), seed=np.int64(0), flip=np.bool_(False))
+    for changes in (numpys, dict(dev=np.float32(0.25)), dict(dev=15, test_images=mirrored),
+                    dict(dev=15, train_images=tensor)):
         assert digest(own(**changes)) == wanted
-    assert numbers(own(dev=(SOME_IMAGES[60:], SOME_CLASSES[60:])).dev_images) == list(range(60, 90))
-
-
-def test_images_mapped_for_reading_are_not_copied(tmp_path):
-    np.save(tmp_path / "pool.npy", SOME_IMAGES)
-    pool = np.load(tmp_path / "pool.npy", mmap_mode="r")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        data = own(unlabeled_images=pool)
-    assert np.shares_memory(data.unlabeled_images.numpy(), pool)
-    [every] = ns.select(np.arange(90), pool)
-    assert every is pool
+    data = own(dev=(SOME_IMAGES[60:], SOME_CLASSES[60:]))
+    assert numbers_of(data.dev_images) == list(range(60, 90))
 
 
 def test_digest_sees_other_data():
     data = own()
     pool = data.unlabeled_images
-    changes = [dict(unlabeled_images=pool.flip(0)), dict(unlabeled_images=pool[:-1]),
-               dict(labels=data.labels.flip(0)), dict(num_classes=4), dict(flip=True),
-               dict(unlabeled_images=pool.reshape(-1, 3, 10, 8))]
+    last_changed = torch.cat([pool[:-1], pool[:1]])
+    changes = [dict(unlabeled_images=last_changed), dict(unlabeled_images=pool.flip(0)),
+               dict(unlabeled_images=pool[:-1]), dict(unlabeled_images=pool.reshape(-1, 3, 4, 16)),
+               dict(labels=data.labels.flip(0)), dict(num_classes=4), dict(flip=True)]
     found = {digest(replace(data, **change)) for change in changes}
     found.add(digest(data))
-    assert len(found) == 7
+    assert len(found) == 1 + len(changes)
     strided = pool.to(memory_format=torch.channels_last)
     assert digest(replace(data, unlabeled_images=strided)) == digest(data)
 
@@ -2463,28 +2373,59 @@ NARROW = np.zeros((30, 3, 8, 9), np.uint8)
 LABELS = SOME_CLASSES[:60]
 
 
-@pytest.mark.parametrize("word, changes", [
-    ("float64", dict(train_images=NARROW / 255)), ("gray", dict(train_images=NARROW[:, 0])),
-    ("0, 3", dict(test_images=SOME_IMAGES[:0])), ("size", dict(unlabeled_images=NARROW)),
-    ("integers", dict(train_labels=LABELS / 1)), ("integers", dict(train_labels=LABELS[:9])),
-    ("-1", dict(train_labels=LABELS - 1)), ("gap", dict(train_labels=LABELS + 1)),
-    ("two", dict(train_labels=LABELS * 0)), ("class 3", dict(test_labels=LABELS[:30] + 1)),
-    ("dev", dict(dev=0)), ("dev", dict(dev=60)), ("there", dict(train_labels=np.arange(60) // 2)),
-    ("class", dict(labels=2)), ("50", dict(labels=51)), ("unlabeled", dict(labels=None)),
-    ("0-1", dict(statistics=([125] * 3, [1] * 3))), ("0-1", dict(statistics=([1] * 3, [0] * 3)))])
-def test_arrays_that_do_not_fit_are_refused(word, changes):
-    refused(word, own, **changes)
+def test_arrays_that_do_not_fit_are_refused():
+    refused("float64", own, train_images=NARROW / 255)
+    refused("gray", own, train_images=NARROW[:, 0])
+    refused("(0, 3", own, test_images=SOME_IMAGES[:0])
+    refused("size", own, unlabeled_images=NARROW)
+    low = SOME_IMAGES[:, :, :7]
+    refused("pixels", own, train_images=low[:60], test_images=low[60:])
+    refused("integers", own, train_labels=LABELS / 1)
+    refused("integers", own, train_labels=LABELS[:9])
+    refused("-1", own, train_labels=LABELS - 1)
+    refused("gap", own, train_labels=LABELS + 1)
+    refused("two", own, train_labels=LABELS * 0)
+    refused("class 3", own, test_labels=LABELS[:30] + 1)
+    refused("dev", own, dev=0)
+    refused("there", own, train_labels=np.arange(60) // 2)
+    refused("class", own, labels=2)
+    refused("50", own, labels=51)
+    refused("unlabeled", own, labels=None)
+    refused("0-1", own, statistics=([125] * 3, [1] * 3))
+    refused("0-1", own, statistics=([1] * 3, [0] * 3))
 
 
-@pytest.mark.parametrize("word, changes", [
-    ("svhn", dict(dataset="nowhere")), ("nowhere", dict(unlabeled_dataset="nowhere")),
-    ("extra", dict(extra=True)), ("10", dict(dataset="cifar10", labels=20)),
-    ("damaged", dict(dataset="cifar100")), ("uint8", dict(dataset="svhn")), ("numpy", {})])
-def test_data_sets_that_do_not_fit_are_refused(tmp_path, word, changes):
+def test_dev_may_take_all_but_the_last_image_of_a_class():
+    order = np.random.RandomState(0).permutation(60)
+    places = [np.flatnonzero(order % 3 == k) for k in range(3)]
+    most = min(place[-1] for place in places).item()
+    few = dict(labels=3, unlabeled_images=SOME_IMAGES)
+    assert len(own(dev=most, **few).dev_labels) == most
+    refused(str(most), own, dev=most + 1, **few)
+
+
+def test_data_sets_that_do_not_fit_are_refused(tmp_path):
     settings = write_folder(tmp_path)
+
+    def load(**changes):
+        return load_data(replace(settings, **changes))
+
+    refused("svhn", load, dataset="nowhere")  # among what was expected
+    refused("nowhere", load, unlabeled_dataset="nowhere")
+    refused("extra", load, extra=True)
+    (tmp_path / "unlabeled_images.npy").write_bytes(b"")
+    refused("unlabeled_", load)
+
     archive = tmp_path / "cifar-10-binary.tar.gz"
     write_cifar(tmp_path, archive.name, ["a.bin", "test.bin"], np.arange(200) % 11)
-    Path(tmp_path, "cifar-100-binary.tar.gz").write_bytes(archive.read_bytes()[:-9000])
-    write_mat(tmp_path / "train_32x32.mat", {"X": NARROW})
-    Path(tmp_path, "unlabeled_images.npy").write_bytes(b"")
-    refused(word, load_data, replace(settings, **changes))
+    refused("10", load, dataset="cifar10", labels=20)
+    damaged = tmp_path / "cifar-100-binary.tar.gz"
+    damaged.write_bytes(archive.read_bytes()[:-9000])
+    refused(damaged.name, load, dataset="cifar100")
+
+    path = tmp_path / "train_32x32.mat"
+    image = random_bytes(32, 32, 3, 1)
+    one = LABELS[1:2]
+    for arrays in (dict(X=image), dict(X=image / 1, y=one), dict(X=image, y=one + 10)):
+        write_mat(path, arrays)
+        refused(path.name, load, dataset="svhn")

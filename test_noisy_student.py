@@ -602,15 +602,6 @@ def test_a_wrong_argument_of_a_network_or_a_noise_is_named():
     wrong("half_size", cutout, images, -1)
 
 
-def test_the_contact_sheet_is_drawn(monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(randaugment, "LEVELS", (5,))
-    np.save("images.npy", noise_images().movedim(1, 3).numpy())
-    assert randaugment.main(["images.npy"]) == 0
-    assert randaugment.SHEET.exists()
-
-
 DATA = small_data()  # nothing changes it
 
 
@@ -711,9 +702,8 @@ QUIET = dict(num_ops=0, cutout=0, crop=0)  # no noise on images
 
 @functools.cache
 def transcript(dev=DEV, test=TEST, **changes):
-    """Run Algorithm 1 on small_data; dev, test: the number of the first of these images.
-
-    Return of every generation the record, the network that was saved, and the steps."""
+    """Run Algorithm 1; return of every generation its record, the network that was saved, and its
+    steps. dev, test: the number of the first of these images."""
     config = small_config(**CHAIN | changes)
     data = small_data(dev_images=numbered(dev, 9), test_images=numbered(test, 15))
     generations = []
@@ -1677,12 +1667,16 @@ def test_output_that_cannot_be_shown_ends_nothing(monkeypatch):
     sys.stdout.close()
 
 
-def test_figures_are_drawn_where_matplotlib_is(copied):
+def test_figures_are_drawn_where_matplotlib_is(copied, monkeypatch):
     pytest.importorskip("matplotlib")
     ns.noisy_student(run_config(copied), small_data())
     ns.draw_study({"a": {"mean": 3.0, "std": None}, "b": {"mean": 2.0, "std": 1.0}}, "x", copied)
-    for name in ("noisy_student.png", "x.png"):
-        assert copied.joinpath(name).read_bytes()[1:4] == b"PNG"
+    monkeypatch.chdir(copied)
+    monkeypatch.setattr(randaugment, "LEVELS", (5,))
+    np.save("images.npy", noise_images().movedim(1, 3).numpy())
+    assert randaugment.main(["images.npy"]) == 0
+    for path in ("noisy_student.png", "x.png", randaugment.SHEET):
+        assert Path(path).read_bytes()[1:4] == b"PNG"
 
 
 ONE_OF_TWO = """

@@ -1166,7 +1166,7 @@ def test_copies_and_the_noise_of_a_teacher_follow_from_seed_and_key():
 def test_less_than_a_batch_is_refused_and_an_empty_class_warned_of():
     opinion = OPINION.clone()
     opinion[26:] = torch.tensor([0.3, 0.3, 0.4])  # none of class 2 passes
-    with pytest.warns(UserWarning, match="student 7.* class 2:"):
+    with pytest.warns(UserWarning, match="student 7.* class 2"):
         pseudo = pseudo_of(Lookup(opinion), "student 7", threshold=0.5, balance=True)
     assert set(CLASSES[pseudo.rows].tolist()) == {0, 1}
 
@@ -1474,7 +1474,7 @@ def test_the_first_loss_that_is_no_number_is_named(tmp_path):
     two = torch.tensor(2.0)
     for step in range(1, 10):
         progress.step(step, two, two if step < 7 else two / 0, 3, {})
-    refused("step 7 of 1000", progress.step, 10, two, two / 0, 3, {})
+    refused("step 7", progress.step, 10, two, two / 0, 3, {})
     refused("--learning-rate", run_in, tmp_path, learning_rate=1e30)
 
 
@@ -2005,11 +2005,9 @@ def test_robustness_is_of_images_from_the_whole_set():
 
 
 def test_corruption_errors_are_listed_by_severity():
-    def logits_of(x):
-        brighter = x.mean((1, 2, 3)) - 160  # gray() is of 128, then 140, 153, 166, 179, 204
-        return torch.stack([-brighter, brighter], 1)
-
-    report = ns.robustness(logits_of, gray(), torch.zeros(16).long())
+    reader = Reader()
+    reader.classes.data = torch.tensor([120.0, 200.0])  # gray() is of 128, 140, 153, 166, 179, 204
+    report = ns.robustness(reader, gray(), torch.zeros(16).long())
     assert report["corruption_errors"]["brightness"] == [0, 0, 1, 1, 1]
 
 
@@ -2188,16 +2186,15 @@ def test_a_folder_is_mapped_and_never_written(tmp_path):
 
 
 def test_a_missing_file_is_downloaded_and_its_sum_compared(tmp_path, monkeypatch):
-    images, _ = write_svhn(tmp_path, "test", 30)
     file = "test_32x32.mat"
-    sha256 = hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
+    (tmp_path / file).write_bytes(b"content")
+    sha256 = hashlib.sha256(b"content").hexdigest()
     new = Config(data_dir=str(tmp_path / "new"))
     monkeypatch.setitem(ns.FILES, file, (tmp_path.as_uri() + "/", "1 MB", "0" + sha256))
     refused(file, ns.fetch, file, new)
     assert not list(tmp_path.glob("new/*"))
     monkeypatch.setitem(ns.FILES, file, (tmp_path.as_uri() + "/", "1 MB", sha256))
-    found, _ = ns.read_svhn("test", new)
-    assert np.array_equal(found, images)
+    assert ns.fetch(file, new).read_bytes() == b"content"
 
 
 def test_every_training_image_is_in_one_part_and_keeps_its_label():
@@ -2295,7 +2292,7 @@ def test_arrays_that_do_not_fit_are_refused():
     refused("two", own, train_labels=LABELS * 0)
     refused("class 3", own, test_labels=LABELS[:30] + 1)
     refused("dev", own, dev=0)
-    refused("there", own, train_labels=np.arange(60) // 2)
+    refused("10", own, train_labels=np.arange(60) // 2)  # for dev
     refused("class", own, labels=2)
     refused("50", own, labels=51)
     refused("unlabeled", own, labels=None)

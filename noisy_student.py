@@ -1901,7 +1901,8 @@ class Run:
             record["control_mistakes_error"] = fraction_true(saved["wrong"][mistakes])
 
         # Robustness, relative to the first generation, the control.
-        if self.config.robustness and not record["robustness"]:
+        missing = self.config.robustness and not record["robustness"]
+        if missing:
             record["robustness"] = measure_robustness(model, self.data, self.config)
         if record["robustness"]:
             first = next(iter(self.finished.values()))["record"]
@@ -1909,7 +1910,8 @@ class Run:
             record["robustness"] |= relative_robustness(record["robustness"], reference)
 
         if self.folder:
-            write_file(self.path(name), saved)
+            if missing or not self.is_finished(name):
+                write_file(self.path(name), saved)
             write_file(self.folder / f"{self.config.study or 'results'}.json", self.results())
         say(f"{name}: wrong on {percent(record['dev_error'])} of the dev images, "
             f"{percent(record['test_error'])} of the test images")

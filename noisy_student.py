@@ -1409,8 +1409,8 @@ class Data:
         found = np.unique(classes)
         num_classes = len(found)
         require(num_classes >= 2 and np.array_equal(found, range(num_classes)),
-                f"labels are {num_classes} classes from {found[0]} to {found[-1]}: expected two or "
-                "more, from 0 without a gap")
+                f"{num_classes} classes, {found[0]} to {found[-1]}: expected two or more, from 0 "
+                "without a gap")
 
         # The first images in a fixed order are for dev, but each class must keep one: `most` is the
         # place in this order of the last image of the class that runs out first.
@@ -1429,15 +1429,15 @@ class Data:
         require(len(unknown) == 0, f"classes of dev or test without training images: {unknown}")
 
         # Statistics are of all that is left: they must not change with the choice of labeled
-        # images, for a student has to normalize as its teacher does. Of more than 30 million values
-        # every k-th image is enough.
+        # images, for a student has to normalize as its teacher does. Where there are more than 30
+        # million values, every k-th image is enough.
         if statistics is None:
             step = math.ceil(len(rows) * images[0].size / 3e7)
             pixels = torch.from_numpy(images[np.sort(rows)[::step]])
             std, mean = torch.std_mean(pixels / 255, (0, 2, 3), correction=0)
             statistics = mean, std.clamp(min=1 / 255)  # plain images: no division by 0
         mean, std = (torch.as_tensor(values, dtype=torch.float32) for values in statistics)
-        fits = len(mean) == len(std) == 3 and mean.max() <= 1 and 0 < std.min() <= std.max() <= 1
+        fits = mean.shape == std.shape == (3,) and mean.max() <= 1 and std.min() > 0
         require(fits, f"mean {mean}, std {std}: expected three each, of pixels in 0-1")
 
         # The labeled images are the first in a balanced order, the unlabeled ones the others.
@@ -1583,15 +1583,16 @@ def read_svhn(part, config):
     require(X.dtype == np.uint8 and X.shape == (32, 32, 3, y.size),
             f"{path}: X {X.dtype} {X.shape}, y {y.shape}: expected X uint8 (32,32,3,N), y (N,1)")
 
+    # MATLAB stores (N,3,column,row). Turned in place: the extra images have 1.6 GB.
     images = X.T
-    for image in images:  # stored as (3,column,row); turned in place: the extra ones have 1.6 GB
-        image[:] = image.swapaxes(1, 2)
+    for block in np.array_split(images, len(images) // 256 + 1):
+        block[:] = block.swapaxes(2, 3)
     return images, y.ravel().astype(np.int64) % 10
 
 
-MAT_COMPRESSED = 15
+# Types of elements; 14 is a matrix, which has further elements, and 15 a compressed one.
 MAT_TYPES = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8",
-             12: "<i8", 13: "<u8", 14: "u1"}  # 14: a matrix, bytes of further elements
+             12: "<i8", 13: "<u8", 14: "u1"}
 
 
 def read_mat(path):
@@ -1605,8 +1606,7 @@ def read_mat(path):
             _, shape, name, values = read_elements(matrix)  # the first: flags
             arrays[name.tobytes().decode()] = values.reshape(shape, order="F")
     except (OSError, ValueError, KeyError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole MATLAB 5 file of numbers ({error}): delete it to "
-                        "download it again") from None
+        raise UserError(f"{path} is no whole MATLAB 5 file ({error}): download it anew") from None
     return arrays
 
 
@@ -1617,11 +1617,10 @@ def read_elements(data):
         kind, size = np.frombuffer(data, "<u4", 2, at).tolist()
         start = at + 8
         if kind >= 2**16:  # a short one: size and type share 4 bytes, the content is the next 4
-            size = kind >> 16
-            kind = kind % 2**16
+            size, kind = divmod(kind, 2**16)
             start = at + 4
         at = start + size
-        if kind == MAT_COMPRESSED:
+        if kind == 15:
             yield from read_elements(inflate(data[start:at]))
         else:
             yield np.frombuffer(data[start:at], MAT_TYPES[kind])
@@ -1646,8 +1645,7 @@ def read_cifar(archive, label_bytes, part, config):
     try:
         with tarfile.open(path) as tar:
             for name in sorted(tar.getnames()):
-                is_test = "test" in name
-                if name.endswith(".bin") and is_test == (part == "test"):
+                if name.endswith(".bin") and ("test" in name) == (part == "test"):
                     content += tar.extractfile(name).read()
         records = np.frombuffer(content, np.uint8).reshape(-1, label_bytes + 3072)
     except Exception as error:  # tarfile raises almost anything for a damaged file
@@ -1801,8 +1799,7 @@ def draw_digits(digits, fields, rng):
 
 def uniform(rng, low, high):
     """Return a number for each image of a block, from low to high, float32 (250,1,1,1)."""
-    numbers = rng.uniform(low, high, (BLOCK, 1, 1, 1))
-    return torch.from_numpy(numbers.astype(np.float32))
+    return torch.from_numpy(rng.uniform(low, high, (BLOCK, 1, 1, 1))).float()
 
 
 def normal(rng, scale, *shape):
@@ -1810,9 +1807,9 @@ def normal(rng, scale, *shape):
     return torch.from_numpy(rng.standard_normal((BLOCK, *shape), np.float32)) * scale
 
 
-# All that the code knows of a data set: nothing else compares its name.
 @dataclass
 class DataSet:
+    """All that the code knows of a data set: nothing else compares its name."""
     read: callable            # (part, config) -> images uint8 (N,3,H,W), labels (N,)
     flip: bool = False        # whether a mirrored image keeps its class
     extra: bool = False       # whether there are the further images of --extra
@@ -1836,11 +1833,11 @@ SVHN = ALL | dict(labels=1000, dev=4000, batch=32, steps=3000, warmup_epochs=250
 CIFAR = ALL | dict(labels=4000, dev=2000, models=("tiny", "tiny", "tiny"), batch=16, ratio=2,
                    steps=10000, warmup_epochs=150, num_ops=1, temperature=0.5)
 CIFAR_PAPER = SVHN_RECIPE | dict(labels=4000, dev=5000, extra=False)
-HUNDRED = dict(labels=10000)
 PRESETS = {
-    "demo": {"digits": {}, "svhn": SVHN, "cifar10": CIFAR, "cifar100": CIFAR | HUNDRED,
+    "demo": {"digits": {}, "svhn": SVHN, "cifar10": CIFAR, "cifar100": CIFAR | dict(labels=10000),
              "folder": ALL | dict(labels=None, dev=None)},
-    "paper": {"svhn": SVHN_RECIPE, "cifar10": CIFAR_PAPER, "cifar100": CIFAR_PAPER | HUNDRED},
+    "paper": {"svhn": SVHN_RECIPE, "cifar10": CIFAR_PAPER,
+              "cifar100": CIFAR_PAPER | dict(labels=10000)},
 }
 
 

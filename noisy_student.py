@@ -1324,11 +1324,10 @@ class Data:
     flip: bool                      # whether a mirrored image keeps its class
 
     def to(self, device):
-        """Return a copy on this device. On a GPU, images above GPU_LIMIT stay where they are."""
-        limit = math.inf if torch.device(device).type == "cpu" else GPU_LIMIT
+        """Return a copy on this device. Images above GPU_LIMIT stay where they are."""
         moved = {}
         for name, value in vars(self).items():
-            if torch.is_tensor(value) and value.nbytes <= limit:
+            if torch.is_tensor(value) and value.nbytes <= GPU_LIMIT:
                 moved[name] = value.to(device)
         return replace(self, **moved)
 
@@ -1338,19 +1337,18 @@ class Data:
         """Make Data of numpy arrays or CPU tensors, which are copied only where they must be.
 
         Images: uint8 (N,3,H,W) or (N,H,W,3). Labels: integers (N,), 0 to K-1.
-        dev: training images to hold out, as a number, a share or a tuple (images, labels).
-        labels: how many of the other training images keep their labels (None: all), balanced over
-        the classes and chosen with `seed`. The rest are the unlabeled images. Where
-        unlabeled_images are given, these are used instead and the rest is left out.
+        dev: training images to hold out: a number, a share below 1, or a tuple (images, labels).
+        labels: how many of the others keep their labels (None: all), balanced over the classes and
+        chosen with `seed`. The rest are the unlabeled images, unless unlabeled_images are given.
         statistics: mean and std per channel, of pixels in 0-1 (None: of the training images).
         Raise UserError if dtypes, shapes, classes or numbers do not fit."""
         images, classes = as_arrays(train_images, train_labels)
         test_images, test_labels = as_arrays(test_images, test_labels)
-        num_classes = len(np.unique(classes))
-        highest = classes.max()
-        require(num_classes >= 2 and highest == num_classes - 1,
-                f"{num_classes} classes in training labels up to {highest}: expected two or more, "
-                "counted from 0 without a gap")
+        found = np.unique(classes)
+        num_classes = len(found)
+        require(num_classes >= 2 and np.array_equal(found, range(num_classes)),
+                f"{num_classes} classes, {found[0]} to {found[-1]}: expected two or more, from 0 "
+                "without a gap")
 
         # The first images in a fixed order are for dev, but each class must keep one: `most` is the
         # place in this order of the last image of the class that runs out first.
@@ -1358,27 +1356,27 @@ class Data:
         if isinstance(dev, (tuple, list)):
             dev_images, dev_labels = as_arrays(*dev)
         else:
-            is_share = isinstance(dev, (float, np.floating))
-            num_dev = round(float(dev) * len(rows)) if is_share else int(dev)
+            num_dev = round(float(dev) * len(rows)) if dev < 1 else int(dev)
             _, from_end = np.unique(classes[rows[::-1]], return_index=True)
             most = len(rows) - 1 - from_end.max()
-            require(0 < num_dev <= most, f"{num_dev} of {len(rows)} training images for dev: "
-                    f"with more than {most} all images of a class go there; expected 1 to {most}, "
-                    "or a dev set of its own")
+            require(0 < num_dev <= most, f"dev is {num_dev} of {len(rows)} training images: "
+                    f"expected 1 to {most}, so that every class keeps one, or images of its own")
             dev_images, dev_labels = select(rows[:num_dev], images, classes)
             rows = rows[num_dev:]
-        highest = max(dev_labels.max(), test_labels.max())
-        require(highest < num_classes, f"class {highest} of dev or test has no training images")
+        unknown = np.setdiff1d(np.concatenate([dev_labels, test_labels]), found)
+        require(len(unknown) == 0, f"classes of dev or test without training images: {unknown}")
 
         # Statistics are of all that is left: they must not change with the choice of labeled
-        # images, for a student has to normalize as its teacher does.
+        # images, for a student has to normalize as its teacher does. Where there are more than 30
+        # million values, every k-th image is enough.
         if statistics is None:
-            statistics = mean_and_std(images, rows)
+            step = math.ceil(len(rows) * images[0].size / 3e7)
+            pixels = torch.from_numpy(images[np.sort(rows)[::step]])
+            std, mean = torch.std_mean(pixels / 255, (0, 2, 3), correction=0)
+            statistics = mean, std.clamp(min=1 / 255)  # plain images: no division by 0
         mean, std = (torch.as_tensor(values, dtype=torch.float32) for values in statistics)
-        in_range = torch.equal(mean, mean.clamp(0, 1)) and torch.equal(std, std.clamp(1e-6, 1))
-        require(in_range and mean.shape == std.shape == (3,),
-                f"mean {mean.tolist()}, std {std.tolist()}: expected three each, of pixels in 0-1, "
-                "std above 0")
+        fits = mean.shape == std.shape == (3,) and mean.max() <= 1 and std.min() > 0
+        require(fits, f"mean {mean}, std {std}: expected three each, of pixels in 0-1")
 
         # The labeled images are the first in a balanced order, the unlabeled ones the others.
         num_labeled = len(rows) if labels is None else int(labels)
@@ -1388,69 +1386,19 @@ class Data:
         rows = rows[balanced_order(classes[rows], rng)]
         labeled_images, labeled_classes = select(rows[:num_labeled], images, classes)
         if unlabeled_images is None:
-            require(num_labeled < len(rows), f"no unlabeled images beside {num_labeled} labels: "
+            require(num_labeled < len(rows), f"{num_labeled} labels leave no unlabeled images: "
                     "lower labels, or give some (unlabeled_images, --unlabeled-dataset, --extra)")
-            unlabeled_images, _ = select(rows[num_labeled:], images, classes)  # labels are dropped
+            [unlabeled_images] = select(rows[num_labeled:], images)
         pool, _ = as_arrays(unlabeled_images)
 
         sizes = [array.shape[2:] for array in (images, pool, dev_images, test_images)]
-        require(len(set(sizes)) == 1, "sizes of training, unlabeled, dev and test images are "
-                f"{sizes}: expected one size")
-        if max(sizes[0]) > 64:
-            warnings.warn("images above 64 pixels: they get RandAugment, Cutout, pad and crop; the "
-                          "official order is resized crop, flip, RandAugment, without Cutout")
-
+        require(len(set(sizes)) == 1, f"training, unlabeled, dev, test sizes {sizes}: expected one")
         arrays = [labeled_images, labeled_classes, pool]
         arrays += [dev_images, dev_labels, test_images, test_labels]
         with warnings.catch_warnings():  # of files mapped for reading: we never write to them
             warnings.filterwarnings("ignore", message=".*not writable")
             tensors = [torch.from_numpy(array) for array in arrays]
         return Data(*tensors, num_classes, mean, std, bool(flip))
-
-
-@dataclass
-class DataSet:
-    """All that the code knows of a data set: nothing else compares its name."""
-    read: callable            # (part, config) -> numpy images uint8 (N,3,H,W), labels int64 (N,)
-    demo: dict                # the presets: changes of Config
-    paper: dict = None        # None: there is none
-    num_classes: int = 10     # None: from the labels
-    flip: bool = False        # whether a mirrored image keeps its class
-    extra: bool = False       # whether there are the further images of --extra
-    statistics: tuple = None  # mean and std; None: of the training images
-
-
-def load_data(config):
-    """Return the data set that `config` names, divided by Data.from_arrays. Raise UserError if
-    files or options do not fit.
-
-    dev: None is a tenth, 1,000 at most; 4,000 is SVHN's official split.
-    The pool of unlabeled images is another data set (unlabeled_dataset), SVHN's extra images
-    (extra), a folder's unlabeled_images.npy, or what the labeled images leave.
-    unlabeled: how many images of the pool to use, the first in a fixed order."""
-    record = DATASETS.get(config.dataset, FOLDER)
-    source = config.unlabeled_dataset or config.dataset
-    source_record = DATASETS.get(source, FOLDER)
-    require(source_record.extra or not config.extra, f"--extra: {source} has no extra images")
-
-    images, labels = record.read("train", config)
-    dev = config.dev or max(1, min(1000, len(images) // 10))
-    test_images, test_labels = record.read("test", config)
-    rows = fixed_order(len(test_labels))[:config.test]
-    test = select(rows, test_images, test_labels)
-
-    pool = None
-    has_pool = record is FOLDER and Path(source, "unlabeled_images.npy").exists()
-    if has_pool or config.extra or source != config.dataset:
-        pool, _ = source_record.read("unlabeled", replace(config, dataset=source))
-    data = Data.from_arrays(images, labels, *test, pool, dev=dev, labels=config.labels,
-                            flip=record.flip, seed=config.seed, statistics=record.statistics)
-    require(record.num_classes in (None, data.num_classes),
-            f"{config.dataset}: {data.num_classes} classes, expected {record.num_classes}")
-
-    rows = fixed_order(len(data.unlabeled_images))[:config.unlabeled]
-    [data.unlabeled_images] = select(rows, data.unlabeled_images)
-    return data
 
 
 def as_arrays(images, labels=None):
@@ -1461,7 +1409,6 @@ def as_arrays(images, labels=None):
         images = images.copy()
     if images.ndim == 4 and images.shape[1] != 3:
         images = images.transpose(0, 3, 1, 2)
-
     fits = images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) >= 8
     require(fits and len(images) > 0 and images.dtype == np.uint8, f"{found}: expected uint8 "
             "(N,3,H,W) or (N,H,W,3), 8 x 8 pixels or more; repeat gray ones three times")
@@ -1471,7 +1418,6 @@ def as_arrays(images, labels=None):
         require(labels.dtype.kind in "iu" and labels.shape == images.shape[:1],
                 f"labels are {labels.dtype} {labels.shape}: expected {len(images)} integers")
         labels = labels.astype(np.int64)
-        require(labels.min() >= 0, f"a label is {labels.min()}: expected 0 to K-1")
     return images, labels
 
 
@@ -1493,18 +1439,9 @@ def balanced_order(labels, rng):
     order = rng.permutation(len(labels))
     turn = np.empty_like(order)  # how many of the same class come before
     for label in np.unique(labels):
-        same = np.flatnonzero(labels[order] == label)
-        turn[same] = np.arange(len(same))
+        same = labels[order] == label
+        turn[same] = np.arange(same.sum())
     return order[np.argsort(turn, kind="stable")]
-
-
-def mean_and_std(images, rows):
-    """Return each channel's mean and std, (3,), of pixels in 0-1: of these rows, or of every k-th
-    where they have more than 30 million values."""
-    step = math.ceil(len(rows) * images[0].size / 3e7)
-    pixels = torch.from_numpy(images[np.sort(rows)[::step]])
-    std, mean = torch.std_mean(pixels / 255, (0, 2, 3), correction=0)
-    return mean, std.clamp(min=1 / 255)  # plain images must not make us divide by 0
 
 
 def digest(data):
@@ -1518,6 +1455,33 @@ def digest(data):
             value = value.shape
         sha256.update(f"{name} {value}".encode())
     return sha256.hexdigest()
+
+
+def load_data(config):
+    """Return the data set that `config` names, divided by Data.from_arrays, or raise UserError.
+
+    The unlabeled images are another data set (unlabeled_dataset), SVHN's extra images (extra), a
+    folder's unlabeled_images.npy, or what the labeled images leave."""
+    source = config.unlabeled_dataset or config.dataset
+    dataset = DATASETS.get(config.dataset, FOLDER)
+    source_dataset = DATASETS.get(source, FOLDER)
+    require(source_dataset.extra or not config.extra, f"--extra: {source} has no extra images")
+
+    images, labels = dataset.read("train", config)
+    test_images, test_labels = dataset.read("test", config)
+    rows = fixed_order(len(test_labels))[:config.test]
+    test = select(rows, test_images, test_labels)
+
+    pool = None
+    has_pool = dataset is FOLDER and Path(source, "unlabeled_images.npy").exists()
+    if has_pool or config.extra or source != config.dataset:
+        pool, _ = source_dataset.read("unlabeled", replace(config, dataset=source))
+    data = Data.from_arrays(
+        images, labels, *test, pool, dev=config.dev or min(1000, len(images) // 10),
+        labels=config.labels, flip=dataset.flip, seed=config.seed, statistics=dataset.statistics)
+    rows = fixed_order(len(data.unlabeled_images))[:config.unlabeled]
+    [data.unlabeled_images] = select(rows, data.unlabeled_images)
+    return data
 
 
 # Official files: where from, size, and SHA-256 (the first 40 of 64 digits).
@@ -1538,14 +1502,12 @@ def fetch(file, config):
     if not path.exists():
         url, size, sha256 = FILES[file]
         print(f"downloading {url}{file}, {size}", file=sys.stderr)
-
-        # To a temporary file first, whose SHA-256 is compared.
-        try:
+        try:  # to a temporary file first, whose SHA-256 is compared
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url + file, path, sha256, progress=False)
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path} is missing and its download failed ({error}): run again, or "
-                            f"put {url}{file} ({size}) there by hand") from None
+                            f"put {url}{file} there by hand") from None
     return path
 
 
@@ -1555,23 +1517,21 @@ def read_svhn(part, config):
         part = "extra" if config.extra else "train"
     path = fetch(f"{part}_32x32.mat", config)
     arrays = read_mat(path)
-    X = arrays.get("X", np.empty(0))
-    y = arrays.get("y", np.empty(0))
-    fits = X.dtype == np.uint8 and X.shape == (32, 32, 3, y.size) and np.isin(y, range(11)).all()
-    require(fits, f"{path}: X {X.dtype} {X.shape}, y {y.dtype} {y.shape}: expected X uint8 "
-            "(32,32,3,N), y from 1 to 10")
+    X, y = (arrays.get(name, np.empty(0)) for name in "Xy")
+    require(X.dtype == np.uint8 and X.shape == (32, 32, 3, y.size),
+            f"{path}: X {X.dtype} {X.shape}, y {y.shape}: expected X uint8 (32,32,3,N), y (N,1)")
+    require(np.isin(y, range(1, 11)).all(), f"{path}: expected labels from 1 to 10")
 
     # MATLAB stores (N,3,column,row). Turned in place: the extra images have 1.6 GB.
     images = X.T
-    for first in range(0, len(images), 256):
-        block = images[first:first + 256]
-        block[:] = block.swapaxes(2, 3).copy()
+    for block in np.array_split(images, len(images) // 256 + 1):
+        block[:] = block.swapaxes(2, 3)
     return images, y.ravel().astype(np.int64) % 10
 
 
-MAT_COMPRESSED = 15
+# Types of elements; 14 is a matrix, which has further elements, and 15 a compressed one.
 MAT_TYPES = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8",
-             12: "<i8", 13: "<u8"}
+             12: "<i8", 13: "<u8", 14: "u1"}
 
 
 def read_mat(path):
@@ -1579,38 +1539,31 @@ def read_mat(path):
     its values are stored in: whole doubles, say, as bytes. Raise UserError for any other file."""
     arrays = {}
     try:
-        data = memoryview(np.memmap(path, np.uint8, "c"))  # changes stay in memory
-        require(data[124:128] == b"\0\1IM", "not the header of version 5")
-        for _, matrix in read_elements(data[128:]):
-            # The elements of a matrix: flags, shape, name, values.
-            _, (_, shape), (_, name), (kind, values) = read_elements(matrix)
-            shape = np.frombuffer(shape, "<u4")
-            array = np.frombuffer(values, MAT_TYPES[kind])
-            arrays[str(name, "latin1")] = array.reshape(shape, order="F")
+        data = np.memmap(path, np.uint8, "c")  # changes stay in memory
+        require(data[124:128].tobytes() == b"\0\1IM", "not the header of version 5")
+        for matrix in read_elements(data[128:]):
+            _, shape, name, values = read_elements(matrix)  # the first: flags
+            arrays[name.tobytes().decode()] = values.reshape(shape, order="F")
     except (OSError, ValueError, KeyError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole MATLAB 5 file of numbers ({error}): delete it to "
-                        "download it again") from None
+        raise UserError(f"{path} is no whole MATLAB 5 file ({error}): download it anew") from None
     return arrays
 
 
 def read_elements(data):
-    """Yield type and content of each element of a MATLAB file, or of an element of it."""
+    """Yield the content of each element of a MATLAB file, or of an element of it, as an array."""
     at = 0
     while at < len(data):
         kind, size = np.frombuffer(data, "<u4", 2, at).tolist()
         start = at + 8
         if kind >= 2**16:  # a short one: size and type share 4 bytes, the content is the next 4
-            size = kind >> 16
-            kind = kind % 2**16
+            size, kind = divmod(kind, 2**16)
             start = at + 4
-        end = start + size
-        require(end <= len(data), "it is incomplete")
-        if kind == MAT_COMPRESSED:
-            yield from read_elements(inflate(data[start:end]))
-            at = end
+        at = start + size
+        if kind == 15:
+            yield from read_elements(inflate(data[start:at]))
         else:
-            yield kind, data[start:end]
-            at = end + (at - end) % 8  # padded to a multiple of 8
+            yield np.frombuffer(data[start:at], MAT_TYPES[kind])
+            at += -at % 8  # padded to a multiple of 8
 
 
 def inflate(data):
@@ -1620,7 +1573,7 @@ def inflate(data):
     for start in range(0, len(data), 2**16):
         out += decoder.decompress(data[start:start + 2**16])
     require(decoder.eof, "it is incomplete")
-    return memoryview(out)
+    return np.frombuffer(out, np.uint8)
 
 
 def read_cifar(archive, label_bytes, part, config):
@@ -1629,53 +1582,43 @@ def read_cifar(archive, label_bytes, part, config):
     path = fetch(archive, config)
     content = b""
     try:
-        with tarfile.open(path, "r:gz") as tar:
+        with tarfile.open(path) as tar:
             for name in sorted(tar.getnames()):
-                is_test = "test" in name
-                if name.endswith(".bin") and is_test == (part == "test"):
+                if name.endswith(".bin") and ("test" in name) == (part == "test"):
                     content += tar.extractfile(name).read()
         records = np.frombuffer(content, np.uint8).reshape(-1, label_bytes + 3072)
-    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
+    except Exception as error:  # tarfile raises almost anything for a damaged file
         raise UserError(f"{path} is damaged ({error}): delete it to download it again") from None
-
-    images = np.ascontiguousarray(records[:, label_bytes:])
-    return images.reshape(-1, 3, 32, 32), records[:, label_bytes - 1].astype(np.int64)
+    images = records[:, label_bytes:].reshape(-1, 3, 32, 32)
+    return images, records[:, label_bytes - 1]
 
 
 def read_folder(part, config):
     """Read your own data set: train_images.npy, train_labels.npy, the same of test and, if there is
     one, unlabeled_images.npy. Images are mapped: what is not used is not read."""
     folder = Path(config.dataset)
-    name = part
     if part == "unlabeled" and not Path(folder, "unlabeled_images.npy").exists():
-        name = "train"
-
-    labels = None
+        part = "train"
     try:
-        images = np.load(folder / f"{name}_images.npy", mmap_mode="c")
-        if part != "unlabeled":
-            labels = np.load(folder / f"{name}_labels.npy")
-        return as_arrays(images, labels)
+        images = np.load(folder / f"{part}_images.npy", mmap_mode="c")
+        if part == "unlabeled":
+            return as_arrays(images)
+        return as_arrays(images, np.load(folder / f"{part}_labels.npy"))
     except Exception as error:  # numpy raises almost anything for a damaged file
         reason = " ".join(str(error).split())
-        raise UserError(f"{folder}/{name}_*.npy: {reason}; expected a folder of arrays by "
+        raise UserError(f"{folder}/{part}_*.npy: {reason}; expected a folder of arrays by "
                         f"numpy.save, or one of {', '.join(DATASETS)}") from None
-
-
-DIGITS = 10_000  # training images at least, so that dev stays as it is when fewer are used
 
 
 def read_digits(part, config):
     """Generate digits of three fixed seeds: config.seed only chooses the labeled ones."""
     pool = config.unlabeled or 8000  # None: as in the demo, for there is no end to them
-    if part == "train":
+    if part == "train":  # 10,000 at least, so that dev stays as it is when fewer are used
         count = pool + (config.dev or 1000) + (config.labels or 0)
-        images, labels = make_digits(max(DIGITS, count), 0)
-    elif part == "test":
-        images, labels = make_digits(config.test or 2000, 1)
-    else:
-        images, labels = make_digits(pool, 2)
-    return images.numpy(), labels.numpy()
+        return make_digits(max(10_000, count), 0)
+    if part == "test":
+        return make_digits(config.test or 2000, 1)
+    return make_digits(pool, 2)
 
 
 # Strokes of the digits 0-9 in two typefaces of ours, on a grid of 5 columns and 9 rows: "2048" goes
@@ -1694,33 +1637,33 @@ def make_digits(n, seed):
     """Return generated house numbers, uint8 (n,3,32,32), and their middle digits, int64 (n,).
     A smaller n gives the first of the same images."""
     fields = digit_fields()
-    images = torch.empty((n, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.empty(n, dtype=torch.int64)
+    images = []
+    labels = []
     for first in range(0, n, BLOCK):
         rng = np.random.default_rng([seed, first])
         digits = rng.integers(0, 10, (BLOCK, 3))  # left, middle, right
-        images[first:first + BLOCK] = draw_digits(digits, fields, rng)[:n - first]
-        labels[first:first + BLOCK] = torch.from_numpy(digits[:n - first, 1])
-    return images, labels
+        images.append(draw_digits(digits, fields, rng))
+        labels.append(torch.from_numpy(digits[:, 1]))
+    return torch.cat(images)[:n], torch.cat(labels)[:n]
 
 
 def digit_fields():
     """Return every digit in four styles (two typefaces, round or square) as its distance field: how
     far each point of a grid, 1/4 column fine, is from its strokes, float32 (4,10,53,41)."""
-    x = np.arange(-3, 7.1, 0.25)
-    y = np.arange(-2.5, 10.6, 0.25)
-    grid = (x + 1j * y[:, None]).astype(np.complex64)  # points are complex numbers
     fields = []
     for typeface in TYPEFACES:
         for square in (False, True):
             for digit in typeface.split("|"):
-                strokes = [stroke_distance(text, square, grid) for text in digit.split(",")]
+                strokes = [stroke_distance(text, square) for text in digit.split(",")]
                 fields.append(np.min(strokes, axis=0))
     return torch.from_numpy(np.stack(fields)).view(4, 10, 53, 41)
 
 
-def stroke_distance(text, square, grid):
+def stroke_distance(text, square):
     """Return how far each point of the grid is from one stroke, (53,41)."""
+    x = np.arange(-3, 7.1, 0.25)
+    y = np.arange(-2.5, 10.6, 0.25)
+    grid = (x + 1j * y[:, None]).astype(np.complex64)  # points are complex numbers
     numbers = np.array(list(text), np.float32)
     points = numbers[::2] + 1j * numbers[1::2]
     if square:  # midpoints pull the spline towards its corners
@@ -1745,16 +1688,16 @@ def draw_digits(digits, fields, rng):
     # The point of the drawing that each pixel shows: bent, shifted, turned, slanted, scaled.
     axis = torch.linspace(-15.5, 15.5, 32)
     style = rng.integers(0, 4, (BLOCK, 1))
-    bend = enlarge(normal(rng, 0.85, 2, 5, 5))  # pixels
+    bend = normal(rng, 0.85, 2, 5, 5)  # pixels
+    bend = F.interpolate(bend, (32, 32), mode="bicubic", align_corners=True)
     angle = uniform(rng, -0.26, 0.26)  # radians
     size = uniform(rng, 2.3, 3.1)  # pixels a column
     x = axis + bend[:, :1] + uniform(rng, -1.8, 1.8)
     y = axis[:, None] + bend[:, 1:] + uniform(rng, -1.8, 1.8)
     right = x * angle.cos() + y * angle.sin()
     down = y * angle.cos() - x * angle.sin()
-    slant = down * uniform(rng, -0.28, 0.28)
-    width = size * uniform(rng, 0.82, 1.3)
-    x = (right + slant) / width
+    right = right + down * uniform(rng, -0.28, 0.28)
+    x = right / (size * uniform(rng, 0.82, 1.3))
     y = down / size
 
     # The distance to the strokes of three digits side by side makes ink, and in one image of four
@@ -1777,7 +1720,8 @@ def draw_digits(digits, fields, rng):
     gray = 0.5 + uniform(rng, -1, 1) * (0.42 - contrast / 2)
     swing = uniform(rng, -1, 1).sign() * contrast / 2
     wall = gray - swing + normal(rng, 0.05, 3, 1, 1)
-    stains = enlarge(normal(rng, 0.04, 3, 4, 4))
+    stains = normal(rng, 0.04, 3, 4, 4)
+    stains = F.interpolate(stains, (32, 32), mode="bicubic", align_corners=True)
     rim = wall + normal(rng, 0.1, 3, 1, 1)
     paint = gray + swing + normal(rng, 0.05, 3, 1, 1)
     image = torch.lerp(wall + stains, rim, outline)
@@ -1788,15 +1732,13 @@ def draw_digits(digits, fields, rng):
     # The camera: blur and noise.
     blurred = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
     image = torch.lerp(image, blurred, uniform(rng, 0, 1))
-    noise = normal(rng, 1, 3, 32, 32)
-    image = image + noise * uniform(rng, 0.01, 0.045)
+    image = image + normal(rng, 1, 3, 32, 32) * uniform(rng, 0.01, 0.045)
     return (image * 255).clamp(0, 255).byte()
 
 
 def uniform(rng, low, high):
     """Return a number for each image of a block, from low to high, float32 (250,1,1,1)."""
-    numbers = rng.uniform(low, high, (BLOCK, 1, 1, 1))
-    return torch.from_numpy(numbers.astype(np.float32))
+    return torch.from_numpy(rng.uniform(low, high, (BLOCK, 1, 1, 1))).float()
 
 
 def normal(rng, scale, *shape):
@@ -1804,39 +1746,38 @@ def normal(rng, scale, *shape):
     return torch.from_numpy(rng.standard_normal((BLOCK, *shape), np.float32)) * scale
 
 
-def enlarge(x):
-    """Return a coarse picture as a smooth one of 32 x 32 pixels."""
-    return F.interpolate(x, (32, 32), mode="bicubic", align_corners=True)
+@dataclass
+class DataSet:
+    """All that the code knows of a data set: nothing else compares its name."""
+    read: callable            # (part, config) -> images uint8 (N,3,H,W), labels (N,)
+    flip: bool = False        # whether a mirrored image keeps its class
+    extra: bool = False       # whether there are the further images of --extra
+    statistics: tuple = None  # mean and std; None: of the training images
 
+
+DATASETS = {
+    "digits": DataSet(read_digits),
+    "svhn": DataSet(read_svhn, extra=True, statistics=(  # [code]
+        (0.4376821, 0.4437697, 0.47280442), (0.19803012, 0.20101562, 0.19703614))),
+    "cifar10": DataSet(functools.partial(read_cifar, "cifar-10-binary.tar.gz", 1), flip=True),
+    "cifar100": DataSet(functools.partial(read_cifar, "cifar-100-binary.tar.gz", 2), flip=True),
+}
+FOLDER = DataSet(read_folder)  # any other name is a folder
 
 # The presets are changes of Config's defaults. Those of the demo are ours, chosen on dev: the
 # schedule for the control, networks and T for a student; CIFAR-100's by analogy. Those of the paper
 # are the official run on SVHN, on CIFAR with as many labels as in its demo and no extra images.
-DEMO = dict(labels=4000, dev=2000, test=None, unlabeled=None, models=("tiny", "tiny", "tiny"),
-            batch=16, steps=10000, ratio=2, warmup_epochs=150)
-CIFAR = DEMO | dict(num_ops=1, temperature=0.5)
-PAPER = SVHN_RECIPE | dict(labels=4000, dev=5000, extra=False)
-HUNDRED = dict(labels=10000)
-SVHN = DEMO | dict(labels=1000, dev=4000, models=("nano", "micro", "tiny"), batch=32, ratio=1,
-                   steps=3000, warmup_epochs=250, temperature=0.5)
-read_cifar10 = functools.partial(read_cifar, "cifar-10-binary.tar.gz", 1)
-read_cifar100 = functools.partial(read_cifar, "cifar-100-binary.tar.gz", 2)
-DATASETS = {
-    "digits": DataSet(read_digits, demo={}),
-    "svhn": DataSet(
-        read_svhn, demo=SVHN, paper=SVHN_RECIPE, extra=True,
-        statistics=((0.4376821, 0.4437697, 0.47280442),  # [code]
-                    (0.19803012, 0.20101562, 0.19703614))),
-    "cifar10": DataSet(read_cifar10, demo=CIFAR, paper=PAPER, flip=True),
-    "cifar100": DataSet(
-        read_cifar100, demo=CIFAR | HUNDRED, paper=PAPER | HUNDRED, num_classes=100, flip=True),
-}
-FOLDER = DataSet(
-    read_folder, demo=dict(labels=None, dev=None, test=None, unlabeled=None), num_classes=None)
-RECORDS = DATASETS | {"folder": FOLDER}
+ALL = dict(test=None, unlabeled=None)
+SVHN = ALL | dict(labels=1000, dev=4000, models=("nano", "micro", "tiny"), batch=32, ratio=1,
+                  steps=3000, warmup_epochs=250, temperature=0.5)
+CIFAR = ALL | dict(labels=4000, dev=2000, models=("tiny", "tiny", "tiny"), batch=16, ratio=2,
+                   steps=10000, warmup_epochs=150, num_ops=1, temperature=0.5)
+CIFAR_PAPER = SVHN_RECIPE | dict(labels=4000, dev=5000, extra=False)
 PRESETS = {
-    "demo": {name: record.demo for name, record in RECORDS.items()},
-    "paper": {name: record.paper for name, record in RECORDS.items() if record.paper},
+    "demo": {"digits": {}, "svhn": SVHN, "cifar10": CIFAR, "cifar100": CIFAR | dict(labels=10000),
+             "folder": ALL | dict(labels=None, dev=None)},
+    "paper": {"svhn": SVHN_RECIPE, "cifar10": CIFAR_PAPER,
+              "cifar100": CIFAR_PAPER | dict(labels=10000)},
 }
 
 

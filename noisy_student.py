@@ -481,8 +481,10 @@ def parameter_groups(model, weight_decay):
     """Return optimizer groups: weight decay on all that is not batch-norm's, biases too [code]."""
     spared = {id(w) for norm in batch_norms(model) for w in norm.parameters()}
     trained = [w for w in model.parameters() if w.requires_grad]
-    return [{"params": [w for w in trained if id(w) not in spared], "weight_decay": weight_decay},
-            {"params": [w for w in trained if id(w) in spared], "weight_decay": 0.0}]
+    decayed = [w for w in trained if id(w) not in spared]
+    others = [w for w in trained if id(w) in spared]
+    return [{"params": decayed, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0}]
 
 
 class EMA:
@@ -500,7 +502,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model):
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        early = (1 + self.updates) / (10 + self.updates)
+        decay = min(self.decay, early)
         torch._foreach_lerp_(float_state(self.model), float_state(model), 1 - decay)
 
 
@@ -742,7 +745,8 @@ def make_pseudo(teacher, data, config, key=""):
             f"{confidence.max():.3f}, {len(kept)} pass the filter, {len(rows)} after balancing: ")
     remedy = "lower --threshold, raise --below or train the teacher for longer"
     require(len(rows) >= batch, f"{left}expected {batch}, a batch; {remedy}")
-    missing = sorted(set(range(data.num_classes)) - set(label[kept].tolist()))
+    seen = label[kept].tolist()
+    missing = sorted(set(range(data.num_classes)) - set(seen))
     if missing:
         warnings.warn(f"{left}none of class {', '.join(map(str, missing))}; {remedy}")
     return Pseudo(rows, pseudo_targets(probabilities, config), len(kept))
@@ -773,7 +777,8 @@ class AtResolution(nn.Module):
         super().__init__()
         self.model = model
         self.size = size
-        self.shallow = [model.stem, *model.blocks[:len(model.blocks) // 2]]
+        half = len(model.blocks) // 2
+        self.shallow = [model.stem, *model.blocks[:half]]
         for module in self.shallow:
             module.requires_grad_(False)
 
@@ -981,10 +986,10 @@ def measure(model, data, config):
     """Return errors of an un-noised network, ready for JSON, and its mistakes on test images (T,)."""
     labels = data.test_labels.cpu()  # (T,)
     wrong = predict(model, data.test_images, data, config) != labels  # (T,)
-    measurements = {
-        "dev_error": error_rate(model, data.dev_images, data.dev_labels, data, config),
-        "test_error": fraction_true(wrong),
-        "test_error_per_class": [fraction_true(wrong[labels == k]) for k in range(data.num_classes)]}
+    per_class = [fraction_true(wrong[labels == k]) for k in range(data.num_classes)]
+    dev_error = error_rate(model, data.dev_images, data.dev_labels, data, config)
+    measurements = {"dev_error": dev_error, "test_error": fraction_true(wrong),
+                    "test_error_per_class": per_class}
     return measurements, wrong
 
 
@@ -1249,9 +1254,9 @@ def robustness(logits_of, images, labels, cifar10_c=None):
         fgsm_errors[str(epsilon)] = error_of(logits_of, attacked, labels)
     attacked = pgd(logits_of, images.float(), labels, epsilon=1)
     pgd_error = error_of(logits_of, attacked, labels)
-    return {"clean_error": error_of(logits_of, images, labels), "corruption_errors": errors,
-            "flip_rates": rates, "fgsm": fgsm_errors,
-            "pgd": {"steps": 10, "epsilon": 1, "error": pgd_error}}
+    clean_error = error_of(logits_of, images, labels)
+    return {"clean_error": clean_error, "corruption_errors": errors, "flip_rates": rates,
+            "fgsm": fgsm_errors, "pgd": {"steps": 10, "epsilon": 1, "error": pgd_error}}
 
 
 def evenly_spaced(images, count):
@@ -1273,8 +1278,8 @@ def robustness_table(reports):
     for name, report in reports.items():
         errors = [report["clean_error"], *report["fgsm"].values(), report["pgd"]["error"]]
         percents = [100 * error for error in errors]
-        cells = [decimal(value) for value in (*percents, report["mce"], report["mfr"])]
-        rows.append([name, *cells])
+        figures = [*percents, report["mce"], report["mfr"]]
+        rows.append([name, *map(decimal, figures)])
     return aligned(rows)
 
 
@@ -1471,9 +1476,10 @@ def load_data(config):
     has_pool = dataset is FOLDER and Path(source, "unlabeled_images.npy").exists()
     if has_pool or config.extra or source != config.dataset:
         pool, _ = source_dataset.read("unlabeled", replace(config, dataset=source))
+    dev = config.dev or min(1000, len(images) // 10)
     data = Data.from_arrays(
-        images, labels, *test, pool, dev=config.dev or min(1000, len(images) // 10),
-        labels=config.labels, flip=dataset.flip, seed=config.seed, statistics=dataset.statistics)
+        images, labels, *test, pool, dev=dev, labels=config.labels, flip=dataset.flip,
+        seed=config.seed, statistics=dataset.statistics)
     rows = fixed_order(len(data.unlabeled_images))[:config.unlabeled]
     [data.unlabeled_images] = select(rows, data.unlabeled_images)
     return data
@@ -1513,8 +1519,9 @@ def read_svhn(part, config):
     path = fetch(f"{part}_32x32.mat", config)
     arrays = read_mat(path)
     X, y = (arrays.get(name, np.empty(0)) for name in "Xy")
-    require(X.dtype == np.uint8 and X.shape == (32, 32, 3, y.size),
-            f"{path}: X {X.dtype} {X.shape}, y {y.shape}: expected X uint8 (32,32,3,N), y (N,1)")
+    fits = X.dtype == np.uint8 and X.shape == (32, 32, 3, y.size)
+    require(fits, f"{path}: X is {X.dtype} {X.shape}, y {y.shape}: expected X uint8 (32,32,3,N), "
+            "y (N,1)")
     require(np.isin(y, range(1, 11)).all(), f"{path}: expected labels from 1 to 10")
 
     # MATLAB stores (N,3,column,row). Turned in place: the extra images have 1.6 GB.
@@ -1701,9 +1708,10 @@ def draw_digits(digits, fields, rng):
     soft = uniform(rng, 0.15, 0.6)
     pitch = 4 + 2 * half + uniform(rng, 0.5, 2.5)
     x = torch.cat([x + pitch, x, x - pitch], 1)  # (250,3,32,32)
-    at = torch.stack([x / 5, y.expand_as(x) / 6.5], -1)  # (250,3,32,32,2), -1 to 1
+    y = y.expand_as(x)
+    at = torch.stack([x / 5, y / 6.5], -1).flatten(0, 1)  # (750,32,32,2), -1 to 1
     field = fields[style, digits].view(-1, 1, 53, 41)
-    distance = F.grid_sample(field, at.flatten(0, 1), padding_mode="border", align_corners=True)
+    distance = F.grid_sample(field, at, padding_mode="border", align_corners=True)
     distance = distance.view(x.shape).amin(1, True)  # (250,1,32,32)
     ink = ((half - distance) / soft + 0.5).clamp(0, 1)
     outline = ((half + 0.7 - distance) / soft + 0.5).clamp(0, 1)
@@ -1725,7 +1733,8 @@ def draw_digits(digits, fields, rng):
     image = image * (light + uniform(rng, -0.01, 0.01) * axis)
 
     # The camera: blur and noise.
-    blurred = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    padded = F.pad(image, (1, 1, 1, 1), mode="replicate")
+    blurred = F.avg_pool2d(padded, 3, 1)
     image = torch.lerp(image, blurred, uniform(rng, 0, 1))
     image = image + normal(rng, 1, 3, 32, 32) * uniform(rng, 0.01, 0.045)
     return (image * 255).clamp(0, 255).byte()
@@ -1733,12 +1742,14 @@ def draw_digits(digits, fields, rng):
 
 def uniform(rng, low, high):
     """Return a number for each image of a block, from low to high, float32 (250,1,1,1)."""
-    return torch.from_numpy(rng.uniform(low, high, (BLOCK, 1, 1, 1))).float()
+    numbers = rng.uniform(low, high, (BLOCK, 1, 1, 1))
+    return torch.from_numpy(numbers).float()
 
 
 def normal(rng, scale, *shape):
     """Return normal numbers of standard deviation `scale`, float32 (250,*shape)."""
-    return torch.from_numpy(rng.standard_normal((BLOCK, *shape), np.float32)) * scale
+    numbers = rng.standard_normal((BLOCK, *shape), np.float32)
+    return torch.from_numpy(numbers) * scale
 
 
 @dataclass
@@ -1812,8 +1823,9 @@ class Run:
         """Measure and save a trained generation."""
         network = getattr(model, "model", model)  # inside an AtResolution
         measured, wrong = measure(model, self.data, self.config)
+        params = sum(w.numel() for w in network.parameters())
         record = dict(
-            name=name, model=network.name, params=sum(w.numel() for w in network.parameters()),
+            name=name, model=network.name, params=params,
             images_seen=progress.images, seconds=round(progress.seconds, 2),
             kept=pseudo and pseudo.kept, balanced=pseudo and len(pseudo.rows), **measured,
             control_mistakes_error=None, robustness=None)
@@ -1920,8 +1932,9 @@ def identity(config):
 
 def output_folder(config):
     """Return what --out auto means: a folder for each configuration, in it one for each seed."""
-    digest = hashlib.sha256(repr(identity(replace(config, seed=0))).encode()).hexdigest()
-    folder = f"runs/{Path(config.dataset).name}-{digest[:6]}"
+    flags = repr(identity(replace(config, seed=0)))
+    name = hashlib.sha256(flags.encode()).hexdigest()[:6]
+    folder = f"runs/{Path(config.dataset).name}-{name}"
     return folder if config.study else f"{folder}/seed{config.seed}"
 
 
@@ -2081,10 +2094,10 @@ def results_table(records):
     rows = [["generation", "network", "parameters", "kept", "balanced", "dev error", "test error",
              "control's mistakes", "minutes"]]
     for r in records:
-        counts = [f"{r[key]:,}" if r[key] else "-" for key in ("kept", "balanced")]
+        counts = [f"{r[key]:,}" if r[key] else "-" for key in ("params", "kept", "balanced")]
         errors = [percent(r[key]) for key in ("dev_error", "test_error", "control_mistakes_error")]
-        rows.append([r["name"], r["model"], f"{r['params']:,}", *counts, *errors,
-                     f"{r['seconds'] / 60:.1f}"])
+        minutes = f"{r['seconds'] / 60:.1f}"
+        rows.append([r["name"], r["model"], *counts, *errors, minutes])
     return aligned(rows)
 
 
@@ -2141,7 +2154,8 @@ def draw_run(run):
         panels["A"].bar_label(bar, fmt="%.1f")
         step, loss_l, loss_u = np.array(saved["curve"]).T
         panels["B"].plot(step, loss_l, color=f"C{i}")
-        panels["B"].plot(step, np.where(loss_u > 0, loss_u, np.nan), ":", color=f"C{i}")
+        if loss_u.any():
+            panels["B"].plot(step, loss_u, ":", color=f"C{i}")
     panels["A"].set_title("test error, %")
     panels["A"].invert_yaxis()
     panels["B"].set_title("training loss by step\n(dotted: of unlabeled images)")
@@ -2149,15 +2163,17 @@ def draw_run(run):
     # What the teacher knows is asked on dev images: unlabeled ones have no label to compare with.
     labels = run.data.dev_labels.cpu()
     teacher = load_model(run.path("teacher"))
-    probabilities = pseudo_label(teacher, run.data.dev_images.cpu(), run.data, run.config)  # (D,K)
+    images = run.data.dev_images.cpu()  # (D,3,H,W)
+    probabilities = pseudo_label(teacher, images, run.data, run.config)  # (D,K)
     confidence, guess = probabilities.max(1)  # (D,), (D,)
     right = guess == labels  # (D,)
     draw_calibration(panels["C"], confidence, right, run.config.threshold)
 
     # Images that it gets wrong and, below each, what a student would see.
     rows = right.int().argsort(stable=True)[:9]  # wrong ones first
-    clean = run.data.dev_images.cpu()[rows]  # (9,3,H,W)
-    pairs = torch.cat([clean, add_noise(clean, run.data, run.config)], 2)  # (9,3,2H,W)
+    clean = images[rows]  # (9,3,H,W)
+    noised = add_noise(clean, run.data, run.config)
+    pairs = torch.cat([clean, noised], 2)  # (9,3,2H,W)
     for letter, pair, row in zip("abcdefghi", pairs, rows):
         panels[letter].imshow(pair.permute(1, 2, 0).numpy())  # (2H,W,3)
         panels[letter].set_title(f"{guess[row]}, not {labels[row]}\n{confidence[row]:.0%} sure")
@@ -2318,7 +2334,8 @@ def main(argv=None):
     except UserError as error:
         message = str(error)
     except BrokenPipeError:  # as of `| head`: nobody reads any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
         return 0
     except OSError as error:
         message = f"{error}: cannot be read or written; check --out and --data-dir"

@@ -77,7 +77,8 @@ class Config:
     """One run. The defaults are the demo on digits, chosen on its dev set.
 
     Every field is a flag: --steps N, --balance / --no-balance, ... Numbers may be given as text,
-    and `none` or `all` for None. UserError for a value of the wrong type or out of its range."""
+    and `none` or `all` for None. UserError for a value of the wrong type or out of its range. The
+    command line starts from a preset; in Python that is Config(**PRESETS["demo"]["svhn"])."""
 
     # What runs
     preset: str = option("demo", "demo: for a laptop; paper: the official run of a student on SVHN",
@@ -161,8 +162,12 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            object.__setattr__(self, f.name, checked_value(f, getattr(self, f.name)))
-        check_chain(self.models, self.warm_start)
+            object.__setattr__(self, f.name, valid_value(f, getattr(self, f.name)))
+        known = set(self.models) <= set(FAMILY) and len(self.models) >= 2
+        require(known, f"--models {' '.join(self.models)}: expected two or more of "
+                f"{', '.join(FAMILY)}")
+        equal = len(set(self.models)) == 1
+        require(equal or not self.warm_start, "--warm-start needs equal networks")
 
 
 def flag(f):
@@ -174,12 +179,12 @@ ACCEPTED = {str: (str, Path), bool: (bool, np.bool_), int: (int, np.integer, str
             float: (int, float, np.number, str), tuple: (tuple, list)}
 
 
-def checked_value(f, value):
+def valid_value(f, value):
     """Return a value in the plain type of its field: "5" and np.int64(5) as 5, "none" as None.
 
     UserError unless it is of that type and among the field's choices or in its interval."""
     kind, *optional = typing.get_args(f.type) or [f.type]
-    if optional and value in (None, "none", "all"):
+    if optional and (value in (None, "none") or (value == "all" and kind is not str)):
         return None
 
     wrong = f"{flag(f)} is {value!r}: expected "
@@ -198,17 +203,6 @@ def checked_value(f, value):
         below = value < high or (value == high and interval[-1] == "]")
         require(above and below, wrong + f"a number in {interval}")
     return value
-
-
-def check_chain(models, warm_start):
-    """Raise UserError unless --models is a teacher and students; warn if a student is smaller."""
-    known = set(models) <= set(FAMILY) and len(models) >= 2
-    require(known, f"--models {' '.join(models)}: expected two or more of {', '.join(FAMILY)}")
-    require(not warm_start or len(set(models)) == 1, "--warm-start needs equal networks")
-    for teacher, student in zip(models, models[1:]):
-        if min(np.subtract(FAMILY[student][:2], FAMILY[teacher][:2])) < 0:  # width or depth
-            warnings.warn(f"student {student} is smaller than its teacher {teacher}; the paper's "
-                          "students are equal or larger")
 
 
 # The official run of the student on SVHN [code]; the teacher's own recipe is published nowhere.
@@ -306,6 +300,8 @@ def train(model, data, config, pseudo=None, *, steps=None, start=0, key="", prog
     device = next(model.parameters()).device
     pseudo = pseudo or Pseudo(torch.arange(0), torch.zeros(0, data.num_classes), 0)
     check_network(model)
+    statistics = statistics_of(model, data)
+    data = replace(data, mean=statistics.mean, std=statistics.std)
 
     # On several GPUs for_training changes batch-norm in place, so the average is made after it.
     forward = for_training(model, config)
@@ -330,11 +326,11 @@ def train(model, data, config, pseudo=None, *, steps=None, start=0, key="", prog
             group["lr"] = lr
 
         # The batch: labeled images, then unlabeled ones. The order of the labeled images follows
-        # from the seed alone (and from this spelling of the key): the control sees the same.
+        # from the seed alone (and the literal "labelled"): the control sees the same.
         batch_l, batch_u = batch_sizes(config, pseudo, step / steps)
         rows_l = batch_rows(len(data.labels), batch_l, step, config.seed, "labelled")
         places = batch_rows(len(pseudo.rows), batch_u, step, config.seed, key)  # in pseudo.rows
-        rows_u = pseudo.rows[places]  # and the images that stand there
+        rows_u = pseudo.rows[places]  # rows of unlabeled_images
         images_l = take_rows(data.labeled_images, rows_l, device)  # (B,3,H,W)
         images_u = take_rows(data.unlabeled_images, rows_u, device)  # (U,3,H,W)
         labels = take_rows(data.labels, rows_l, device)  # (B,)
@@ -438,28 +434,26 @@ class RMSpropTF(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Apply the three formulas to all weights of a group at once (torch._foreach_*)."""
         for group in self.param_groups:
             weights = [w for w in group["params"] if w.grad is not None]
-            if weights:
-                self.update(weights, group)
+            if not weights:
+                continue
+            gradients = [w.grad for w in weights]
+            ms = [self.state[w]["ms"] for w in weights]
+            mom = [self.state[w]["mom"] for w in weights]
+            if group["weight_decay"]:
+                gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
 
-    def update(self, weights, group):
-        """Apply the three formulas to all weights of a group at once (torch._foreach_*)."""
-        gradients = [w.grad for w in weights]
-        ms = [self.state[w]["ms"] for w in weights]
-        mom = [self.state[w]["mom"] for w in weights]
-        if group["weight_decay"]:
-            gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+            torch._foreach_mul_(ms, group["decay"])
+            torch._foreach_addcmul_(ms, gradients, gradients, 1 - group["decay"])
 
-        torch._foreach_mul_(ms, group["decay"])
-        torch._foreach_addcmul_(ms, gradients, gradients, 1 - group["decay"])
+            root = torch._foreach_add(ms, group["eps"])
+            torch._foreach_sqrt_(root)
+            torch._foreach_mul_(mom, group["momentum"])
+            torch._foreach_addcdiv_(mom, gradients, root, group["lr"])
 
-        root = torch._foreach_add(ms, group["eps"])
-        torch._foreach_sqrt_(root)
-        torch._foreach_mul_(mom, group["momentum"])
-        torch._foreach_addcdiv_(mom, gradients, root, group["lr"])
-
-        torch._foreach_sub_(weights, mom)
+            torch._foreach_sub_(weights, mom)
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -537,7 +531,7 @@ def add_noise(images, data, config):
 
 def is_small(images):
     """Return whether images (N,3,H,W) get the official settings for 32x32 (the 64 is ours)."""
-    return images.shape[2] <= 64
+    return max(images.shape[2:]) <= 64
 
 
 def smoothed_one_hot(labels, num_classes, smoothing):
@@ -590,8 +584,8 @@ def seed_of(*parts):
 
     Whatever is random in a run follows from (seed, what it is for, step): a resumed run repeats it
     without a saved random state."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    sha256 = hashlib.sha256(repr(parts).encode())
+    return int.from_bytes(sha256.digest()[:8], "big") >> 1
 
 
 def take_rows(table, rows, device):
@@ -600,13 +594,19 @@ def take_rows(table, rows, device):
     return picked.to(device, non_blocking=True)
 
 
+class Statistics(typing.NamedTuple):
+    """What a network from load_model brings along as .statistics; a Data has the same two."""
+    mean: torch.Tensor  # float32 (3,), of pixels in 0-1
+    std: torch.Tensor   # float32 (3,)
+
+
 def normalize(images, statistics):
     """uint8 (N,3,H,W) -> float32, channels last, mean 0 and deviation 1 over the training images.
 
-    statistics: anything with .mean and .std, (3,): a Data, or a network from load_model."""
+    statistics: a Statistics or a Data."""
     x = images.to(torch.float32, memory_format=torch.channels_last)
-    mean = 255 * statistics.mean.view(1, 3, 1, 1)
-    std = 255 * statistics.std.view(1, 3, 1, 1)
+    mean = 255 * statistics.mean.view(1, 3, 1, 1).to(x.device)
+    std = 255 * statistics.std.view(1, 3, 1, 1).to(x.device)
     return (x - mean) / std
 
 
@@ -634,7 +634,7 @@ def pseudo_label(teacher, images, data, config, *, key="", batch=1000):
 
     teacher: any network that `train` takes; it is left as it was. data: for mean and deviation,
     unless the network brings its own (load_model). key: seeds the noise of a noisy teacher. batch:
-    images at once, of 32x32 pixels. UserError unless images are uint8."""
+    how many 32x32 images at once; larger ones fewer. UserError unless images are uint8."""
     require(images.dtype == torch.uint8, f"images are {images.dtype}: expected uint8, 0 to 255")
     check_network(teacher)
 
@@ -664,8 +664,8 @@ def pseudo_label(teacher, images, data, config, *, key="", batch=1000):
 
 
 def statistics_of(model, data):
-    """Return what has .mean and .std: the network, if it brings its own (load_model), or data."""
-    return model if hasattr(model, "mean") else data
+    """Return the network's own Statistics, if it brings them along (load_model), or data."""
+    return getattr(model, "statistics", data)
 
 
 def predict(model, images, data, config):
@@ -700,8 +700,8 @@ def filter_and_balance(probabilities, threshold, per_class, generator=None, *, b
     (paper: 130K; None: the mean number kept, ours); a class with fewer is duplicated at random, so
     that numbers of copies differ by at most one; a class with none stays empty. balance=False stops
     after the filter.
-    Ours is exact: the official code walks 0.01-wide bins of confidence downwards, and thins the
-    class at random over the bins it has kept, the most confident images included."""
+    Ours is exact: the official code walks 0.01-wide bins of confidence downwards, then drops a
+    random part of what it has kept, even of the most confident."""
     kept = keep_confident(probabilities, threshold, below)
     confidence, label = probabilities.max(1)  # (M,), (M,)
     if not balance or len(kept) == 0:
@@ -803,7 +803,7 @@ def fine_tune_resolution(model, data, config, size, *, epochs=1.5, progress=None
     peak for the official schedule, 0.11 for the demo's. Dropout and stochastic depth stay on in the
     layers that learn. What is returned is the moving average."""
     tuned = AtResolution(copy.deepcopy(model).requires_grad_(True), size)
-    clean = replace(config, num_ops=0, cutout=0, crop=0)
+    clean = replace(config, num_ops=0, cutout=0, crop=0, unlabeled_model_noise=True)
     steps = max(1, round(epochs * len(data.labels) / config.batch))
     start = max(0, config.steps - steps)
     return train(tuned, replace(data, flip=False), clean, start=start, key="fix resolution",
@@ -929,8 +929,8 @@ def run_study(config):
 
 
 def train_variants(study, config):
-    """Train one seed: the teacher once, then a student of its for every variant, all of them with
-    the same initial weights; return the results."""
+    """Train one seed: the teacher once, then one student per variant, all with the same key (so
+    equal networks have the same initial weights); return the results."""
     run = start_run(replace(config, robustness=False))
     for changes in study.variants.values():
         check_fits(replace(run.config, **changes), run.data)
@@ -983,7 +983,7 @@ def decimal(value):
 # ---- Measurements --------------------------------------------------------------------------------
 
 def measure(model, data, config):
-    """Return errors of an un-noised network, ready for JSON, and its mistakes on test images (T,)."""
+    """Return errors of an un-noised network, ready for JSON, and its mistakes on test images."""
     labels = data.test_labels.cpu()  # (T,)
     wrong = predict(model, data.test_images, data, config) != labels  # (T,)
     per_class = [fraction_true(wrong[labels == k]) for k in range(data.num_classes)]
@@ -1273,7 +1273,7 @@ def error_of(logits_of, images, labels):
 
 
 def robustness_table(reports):
-    """Return {name: report of robustness(), with mCE and mFR} as text."""
+    """Return reports, {name: robustness() with mCE and mFR}, as text."""
     rows = [["error in %", "clean", "FGSM 2", "FGSM 4", "FGSM 8", "FGSM 16", "PGD", "mCE", "mFR"]]
     for name, report in reports.items():
         errors = [report["clean_error"], *report["fgsm"].values(), report["pgd"]["error"]]
@@ -1445,8 +1445,8 @@ def balanced_order(labels, rng):
 
 
 def digest(data):
-    """Return a SHA-256 of the data: of the shape of each tensor, and of some thousand rows that are
-    spaced evenly over it. Almost any other images, or another order of them, change it."""
+    """Return a SHA-256 of the data: of the shape of each tensor, and of about a thousand rows that
+    are spaced evenly over it. Almost any other images, or another order of them, change it."""
     sha256 = hashlib.sha256()
     for name, value in vars(data).items():
         if torch.is_tensor(value):
@@ -1638,13 +1638,13 @@ BLOCK = 250  # images that are drawn at once, from one random stream
 def make_digits(n, seed):
     """Return generated house numbers, uint8 (n,3,32,32), and their middle digits, int64 (n,).
     A smaller n gives the first of the same images."""
-    fields = digit_fields()
+    distances = digit_fields()
     images = []
     labels = []
     for first in range(0, n, BLOCK):
         rng = np.random.default_rng([seed, first])
         digits = rng.integers(0, 10, (BLOCK, 3))  # left, middle, right
-        images.append(draw_digits(digits, fields, rng))
+        images.append(draw_digits(digits, distances, rng))
         labels.append(torch.from_numpy(digits[:, 1]))
     return torch.cat(images)[:n], torch.cat(labels)[:n]
 
@@ -1652,13 +1652,13 @@ def make_digits(n, seed):
 def digit_fields():
     """Return every digit in four styles (two typefaces, round or square) as its distance field: how
     far each point of a grid, 1/4 column fine, is from its strokes, float32 (4,10,53,41)."""
-    fields = []
+    distances = []
     for typeface in TYPEFACES:
         for square in (False, True):
             for digit in typeface.split("|"):
                 strokes = [stroke_distance(text, square) for text in digit.split(",")]
-                fields.append(np.min(strokes, axis=0))
-    return torch.from_numpy(np.stack(fields)).view(4, 10, 53, 41)
+                distances.append(np.min(strokes, axis=0))
+    return torch.from_numpy(np.stack(distances)).view(4, 10, 53, 41)
 
 
 def stroke_distance(text, square):
@@ -1684,7 +1684,7 @@ def stroke_distance(text, square):
     return np.hypot(apart.real, apart.imag).min(0)
 
 
-def draw_digits(digits, fields, rng):
+def draw_digits(digits, distances, rng):
     """Return pictures, uint8 (250,3,32,32), of middle digits and their neighbors, (250,3).
     The order of the draws is part of the data set: the same seed makes the same pictures."""
     # The point of the drawing that each pixel shows: bent, shifted, turned, slanted, scaled.
@@ -1710,7 +1710,7 @@ def draw_digits(digits, fields, rng):
     x = torch.cat([x + pitch, x, x - pitch], 1)  # (250,3,32,32)
     y = y.expand_as(x)
     at = torch.stack([x / 5, y / 6.5], -1).flatten(0, 1)  # (750,32,32,2), -1 to 1
-    field = fields[style, digits].view(-1, 1, 53, 41)
+    field = distances[style, digits].view(-1, 1, 53, 41)
     distance = F.grid_sample(field, at, padding_mode="border", align_corners=True)
     distance = distance.view(x.shape).amin(1, True)  # (250,1,32,32)
     ink = ((half - distance) / soft + 0.5).clamp(0, 1)
@@ -1755,7 +1755,7 @@ def normal(rng, scale, *shape):
 @dataclass
 class DataSet:
     """All that the code knows of a data set: nothing else compares its name."""
-    read: callable            # (part, config) -> images uint8 (N,3,H,W), labels (N,)
+    read: typing.Callable     # (part, config) -> images uint8 (N,3,H,W), labels (N,)
     flip: bool = False        # whether a mirrored image keeps its class
     extra: bool = False       # whether there are the further images of --extra
     statistics: tuple = None  # mean and std; None: of the training images
@@ -1770,9 +1770,9 @@ DATASETS = {
 }
 FOLDER = DataSet(read_folder)  # any other name is a folder
 
-# The presets are changes of Config's defaults. Those of the demo are ours, chosen on dev: the
-# schedule for the control, networks and T for a student; CIFAR-100's by analogy. Those of the paper
-# are the official run on SVHN, on CIFAR with as many labels as in its demo and no extra images.
+# The presets are changes of Config's defaults. `demo` is ours, chosen on dev: the schedule for the
+# control, networks and T for a student; CIFAR-100's by analogy. `paper` is the official SVHN run;
+# for CIFAR the same with the demo's number of labels and no extra images.
 ALL = dict(test=None, unlabeled=None)
 SVHN = ALL | dict(labels=1000, dev=4000, models=("nano", "micro", "tiny"), batch=32, ratio=1,
                   steps=3000, warmup_epochs=250, temperature=0.5)
@@ -1806,7 +1806,8 @@ class Run:
     lock: typing.IO | None = None  # open for as long as the folder is ours
 
     def path(self, name):
-        return Path(self.folder or "", re.sub("[^a-z0-9.]+", "_", name.lower()) + ".pt")
+        file = re.sub("[^a-z0-9.]+", "_", name.lower())
+        return self.folder / f"{file}.pt"
 
     def is_finished(self, name):
         return self.folder is not None and self.path(name).exists()
@@ -1848,13 +1849,12 @@ class Run:
             mistakes = self.finished["supervised"]["wrong"]
             record["control_mistakes_error"] = fraction_true(saved["wrong"][mistakes])
 
-        # Robustness, relative to the first generation, the control.
+        # Robustness, relative to the control.
         missing = self.config.robustness and not record["robustness"]
         if missing:
             record["robustness"] = measure_robustness(model, self.data, self.config)
-        if record["robustness"]:
-            first = next(iter(self.finished.values()))["record"]
-            reference = first["robustness"] or record["robustness"]
+        if record["robustness"] and "supervised" in self.finished:
+            reference = self.finished["supervised"]["record"]["robustness"]
             record["robustness"] |= relative_robustness(record["robustness"], reference)
 
         if self.folder:
@@ -1881,11 +1881,17 @@ def start_run(config, data=None):
     UserError for all that can be known to fail before the first network is trained."""
     device = choose_device(config)
     if data is not None:
-        config = replace(config, dataset="arrays")
+        config = replace(config, dataset="arrays", labels=len(data.labels),
+                         unlabeled=len(data.unlabeled_images), dev=len(data.dev_labels),
+                         test=len(data.test_labels))
     if config.out == "auto":
         config = replace(config, out=output_folder(config))
     data = (data or load_data_in_turn(config)).to(device)
     check_fits(config, data)
+    for teacher, student in zip(config.models, config.models[1:]):
+        if min(np.subtract(FAMILY[student][:2], FAMILY[teacher][:2])) < 0:  # width or depth
+            warnings.warn(f"student {student} is smaller than its teacher {teacher}; the paper's "
+                          "students are equal or larger")
 
     run = Run(config, data, Path(config.out) if config.out else None)
     if run.folder and world_of()[0] == 0:
@@ -1991,13 +1997,13 @@ def read_file(path):
 
 def load_model(path):
     """Return the network that a run saved as OUT/NAME.pt, ready to label: in evaluation mode, with
-    the size, the strides and (as .mean and .std) the statistics of its training."""
+    the size, the strides and (as .statistics) the mean and deviation of its training."""
     saved = read_file(Path(path))
     model = EfficientNet(saved["network"], saved["num_classes"], small_images=saved["small_images"])
     if saved["size"]:
         model = AtResolution(model, saved["size"])
     model.load_state_dict(saved["weights"])
-    model.mean, model.std = saved["mean"], saved["std"]
+    model.statistics = Statistics(saved["mean"], saved["std"])
     return model.eval().requires_grad_(False)
 
 
@@ -2186,7 +2192,7 @@ def draw_run(run):
 def draw_calibration(axes, confidence, right, threshold):
     """Draw whether a teacher is right as often as it is sure (the diagonal).
 
-    confidence: float (D,), of dev images; right: bool (D,), whether its label is theirs."""
+    confidence: float (D,), of dev images; right: bool (D,), whether the teacher's class is."""
     count = confidence.histc(10, 0, 1)  # (10,), images per tenth of confidence
     accuracy = confidence[right].histc(10, 0, 1) / count  # (10,)
     accuracy[count < 10] = math.nan  # a share of so few says nothing
@@ -2234,8 +2240,8 @@ def choose_device(config):
 
 
 def for_training(model, config):
-    """Return the network as it is called in training: compiled if asked for, and on several
-    processes in step. There batch-norm statistics are of all GPUs, but of each CPU process."""
+    """Return the network as it is called in training: compiled if asked for, in DDP on several
+    processes. Batch-norm statistics are then of all GPUs together, but of each CPU process."""
     several = world_of()[1] > 1
     if several and next(model.parameters()).device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -276,7 +276,7 @@ def apply_op(images, name, level, sign=1, *, translate_const=100.0, cutout_const
         return 255 - images
     elif name == "Posterize":
         # Keep the highest bits, the *more* the higher the level: 2 at level 5, 3 at 9, 8 at 20. The
-        # official shift ends at 7, so below level 2.5 and from 22.5 on it is 1 bit.
+        # official shift ends at 7, so below level 5 and from 22.5 on it is 1 bit.
         bits = int(s * 4)
         shift = 8 - bits if 1 <= bits <= 8 else 7
         return (images >> shift) << shift

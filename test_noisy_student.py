@@ -645,10 +645,11 @@ def test_values_become_plain_python_or_are_refused():
 
 def test_chains_of_unequal_networks_are_refused_or_warned_of():
     refused("--warm-start", Config, models=("nano", "nano", "micro"), warm_start=True)
-    with pytest.warns(UserWarning, match="micro .*smaller"):  # less wide
-        Config(models=("nano", "tiny", "micro"))
-    with pytest.warns(UserWarning, match="small .*smaller"):  # less deep
-        Config(models=("medium", "small"))
+    less_wide = small_config(models=("nano", "tiny", "micro"))
+    less_deep = small_config(models=("medium", "small"))
+    for config, name in ((less_wide, "micro"), (less_deep, "small")):
+        with pytest.warns(UserWarning, match=f"{name} .*smaller"):
+            ns.start_run(config, small_data())
 
 
 def test_the_paper_preset_is_the_official_svhn_run():
@@ -1046,10 +1047,10 @@ def labeled_by(teacher, key="", batch=1000, **changes):
 
 def test_the_teacher_labels_without_noise_and_comes_back_as_it_was():
     loaded = used(SmallNet(dropout=0.5))
-    loaded.mean = torch.tensor([0.1, 0.2, 0.3])  # these win over the data's
-    loaded.std = torch.tensor([0.4, 0.5, 0.6])
+    own = ns.Statistics(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6]))
+    loaded.statistics = own  # these win over the data's
     noisy = used(nano(dropout=0.5, survival=0.3))
-    for teacher, statistics in ((loaded, loaded), (noisy, DATA)):
+    for teacher, statistics in ((loaded, own), (noisy, DATA)):
         before = state_of(teacher)
         wanted = probabilities_of(teacher, statistics=statistics)
         for batch in (1, 4, 30):
@@ -1185,12 +1186,23 @@ def fine_tuned():
     inputs = []
     hook = model.stem.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     config = small_config(batch=5, steps=40, epochs=40.0, warmup_epochs=37.0, decay_epochs=3.0,
-                          ema=0.5)
+                          ema=0.5, unlabeled_model_noise=False)  # which concerns no labeled image
     with pytest.MonkeyPatch.context() as patch:
         steps = spy_on_steps(patch)
         tuned = ns.fine_tune_resolution(model, small_data(flip=True), config, 24)
     hook.remove()
     return model, before, tuned, inputs, steps
+
+
+def test_a_network_goes_on_with_the_statistics_that_it_brings_along(monkeypatch):
+    inputs = []
+    model = SmallNet(dropout=0.0)
+    model.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    model.statistics = ns.Statistics(DATA.mean / 2, DATA.std / 3)
+    steps = spy_on_steps(monkeypatch)
+    ns.train(model, DATA, small_config(steps=1, num_ops=0, cutout=0, crop=0))
+    images = DATA.labeled_images[steps[0].labeled]
+    assert torch.allclose(inputs[0], normalized(images, model.statistics), atol=1e-5)
 
 
 def test_the_fine_tune_sees_larger_labeled_images_at_the_last_rates_of_the_schedule():
@@ -1492,7 +1504,6 @@ def study_config(arrays, folder, study, **changes):
     return run_config(folder, **base | changes)
 
 
-@pytest.mark.filterwarnings("ignore:.*smaller than its teacher")
 def test_the_variants_of_every_study_are_what_their_rows_say():
     for name, study in ns.STUDIES.items():
         base = Config(**study.base)

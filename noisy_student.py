@@ -298,7 +298,8 @@ def train(model, data, config, pseudo=None, *, steps=None, start=0, key="", prog
     steps = steps or config.steps
     progress = progress or Progress("training", steps)
     device = next(model.parameters()).device
-    pseudo = pseudo or Pseudo(torch.arange(0), torch.zeros(0, data.num_classes), 0)
+    no_pseudo = Pseudo(torch.arange(0), torch.zeros(0, data.num_classes), 0)
+    pseudo = pseudo or no_pseudo
     check_network(model)
     statistics = statistics_of(model, data)
     data = replace(data, mean=statistics.mean, std=statistics.std)
@@ -378,7 +379,10 @@ def train_step(forward, optimizer, images_l, target_l, images_u, target_u, data,
     losses = F.cross_entropy(logits.float(), target, reduction="none")  # (B+U,)
     loss_l = losses[:B].sum() / max(1, B)
     loss_u = losses[B:].sum() / max(1, U)
-    weight_l, weight_u = loss_weights(config.loss, config.ratio) if B and U else (1.0, 1.0)
+    if B and U:
+        weight_l, weight_u = loss_weights(config.loss, config.ratio)
+    else:
+        weight_l = weight_u = 1.0
     loss = weight_l * loss_l + weight_u * loss_u
 
     optimizer.zero_grad()
@@ -565,7 +569,8 @@ def batch_rows(n, batch, step, *key):
     end = start + batch
     first_pass = start // n
     last_pass = (end - 1) // n
-    orders = [pass_order(n, *key, p) for p in range(first_pass, last_pass + 1)]
+    passes = range(first_pass, last_pass + 1)
+    orders = [pass_order(n, *key, p) for p in passes]
     skipped = first_pass * n
     rows = torch.cat(orders)[start - skipped:end - skipped]  # (batch,)
     rank, world = world_of()
@@ -613,7 +618,8 @@ def normalize(images, statistics):
 def build(network, data, config, key=""):
     """Return a freshly initialized EfficientNet for the data, on their device."""
     torch.manual_seed(seed_of(config.seed, key, "initialisation"))
-    model = EfficientNet(network, data.num_classes, small_images=is_small(data.test_images),
+    small_images = is_small(data.test_images)
+    model = EfficientNet(network, data.num_classes, small_images=small_images,
                          dropout=config.dropout, survival=config.survival,
                          bn_momentum=config.bn_momentum)
     return model.to(data.labels.device, memory_format=torch.channels_last)
@@ -806,8 +812,8 @@ def fine_tune_resolution(model, data, config, size, *, epochs=1.5, progress=None
     clean = replace(config, num_ops=0, cutout=0, crop=0, unlabeled_model_noise=True)
     steps = max(1, round(epochs * len(data.labels) / config.batch))
     start = max(0, config.steps - steps)
-    return train(tuned, replace(data, flip=False), clean, start=start, key="fix resolution",
-                 progress=progress)
+    data = replace(data, flip=False)
+    return train(tuned, data, clean, start=start, key="fix resolution", progress=progress)
 
 
 def fine_tune_generation(run, name, model):
@@ -970,14 +976,9 @@ def study_text(table):
     """Return the table of a study as aligned text; a negative difference is better."""
     rows = [["error in %", "n", "mean", "std", "difference", "std"]]
     for name, row in table.items():
-        figures = [decimal(row[key]) for key in ("mean", "std", "difference", "difference_std")]
+        figures = [shown(row[key]) for key in ("mean", "std", "difference", "difference_std")]
         rows.append([name, str(row["n"]), *figures])
     return aligned(rows)
-
-
-def decimal(value):
-    """Return a number as text, a dash for None."""
-    return "-" if value is None else f"{value:.1f}"
 
 
 # ---- Measurements --------------------------------------------------------------------------------
@@ -1156,7 +1157,8 @@ def move(x, name, amount):
     aspect = height / width
     across = [cos, sin * aspect, -2 * shift / width]
     down = [-sin / aspect, cos, 0]
-    matrix = x.new_tensor([across, down]).expand(len(x), 2, 3)
+    matrix = x.new_tensor([across, down])  # (2,3)
+    matrix = matrix.expand(len(x), 2, 3)
     source = F.affine_grid(matrix, x.shape, align_corners=False)  # (N,H,W,2)
     inside = (source.abs() <= 1).all(3)  # (N,H,W)
     moved = F.grid_sample(x, source, "bilinear", "border", align_corners=False)
@@ -1174,7 +1176,8 @@ def flip_rate(predictions, noise=False):
 def mean_flip_rate(rates, reference):
     """Return mFR, the mean over perturbations p of 100 rates[p] / reference[p], leaving out those
     whose reference is zero; None if all are."""
-    ratios = [100 * rates[name] / reference[name] for name in rates if reference[name] > 0]
+    names = [name for name in rates if reference[name] > 0]
+    ratios = [100 * rates[name] / reference[name] for name in names]
     return sum(ratios) / len(ratios) if ratios else None
 
 
@@ -1244,8 +1247,10 @@ def robustness(logits_of, images, labels, cifar10_c=None):
     starts = evenly_spaced(images, 50)
     for name in PERTURBATIONS:
         sequences = perturbation_sequence(starts, name, generator)
-        classes = [logits_of(frame.float()).argmax(1) for frame in sequences.unbind(1)]
-        rates[name] = flip_rate(torch.stack(classes, 1), noise=name.endswith("noise"))
+        frames = sequences.unbind(1)
+        classes = [logits_of(frame.float()).argmax(1) for frame in frames]
+        noise = name.endswith("noise")
+        rates[name] = flip_rate(torch.stack(classes, 1), noise)
 
     # Attacks.
     fgsm_errors = {}  # epsilon -> error
@@ -1276,10 +1281,11 @@ def robustness_table(reports):
     """Return reports, {name: robustness() with mCE and mFR}, as text."""
     rows = [["error in %", "clean", "FGSM 2", "FGSM 4", "FGSM 8", "FGSM 16", "PGD", "mCE", "mFR"]]
     for name, report in reports.items():
-        errors = [report["clean_error"], *report["fgsm"].values(), report["pgd"]["error"]]
+        fgsm_errors = report["fgsm"].values()
+        errors = [report["clean_error"], *fgsm_errors, report["pgd"]["error"]]
         percents = [100 * error for error in errors]
         figures = [*percents, report["mce"], report["mfr"]]
-        rows.append([name, *map(decimal, figures)])
+        rows.append([name, *map(shown, figures)])
     return aligned(rows)
 
 
@@ -1295,7 +1301,8 @@ def load_cifar10_c(folder):
         for name in CIFAR10_C:
             path = Path(folder, f"{name}.npy")
             images, classes = as_arrays(np.load(path, mmap_mode="c"), labels)  # (5n,3,32,32), (5n,)
-            files[name] = torch.from_numpy(images).unflatten(0, (5, -1))[:, rows]
+            by_severity = torch.from_numpy(images).unflatten(0, (5, -1))  # (5,n,3,32,32)
+            files[name] = by_severity[:, rows]
     except Exception as error:  # numpy raises almost anything for a damaged file
         raise UserError(f"{path}: {error}; unpack CIFAR-10-C.tar again") from None
     return files, torch.from_numpy(classes)[rows]
@@ -1658,7 +1665,8 @@ def digit_fields():
             for digit in typeface.split("|"):
                 strokes = [stroke_distance(text, square) for text in digit.split(",")]
                 distances.append(np.min(strokes, axis=0))
-    return torch.from_numpy(np.stack(distances)).view(4, 10, 53, 41)
+    distances = np.stack(distances)  # (40,53,41)
+    return torch.from_numpy(distances).view(4, 10, 53, 41)
 
 
 def stroke_distance(text, square):
@@ -1806,10 +1814,12 @@ class Run:
     lock: typing.IO | None = None  # open for as long as the folder is ours
 
     def path(self, name):
+        """Return the file of a generation: OUT/student_1.pt of "student 1"."""
         file = re.sub("[^a-z0-9.]+", "_", name.lower())
         return self.folder / f"{file}.pt"
 
     def is_finished(self, name):
+        """Return whether a generation was trained before, by this command or another one."""
         return self.folder is not None and self.path(name).exists()
 
     def load(self, name, model):
@@ -1861,10 +1871,11 @@ class Run:
             if missing or not self.is_finished(name):
                 write_file(self.path(name), saved)
             write_file(self.folder / f"{self.config.study or 'results'}.json", self.results())
-        say(f"{name}: wrong on {percent(record['dev_error'])} of the dev images, "
-            f"{percent(record['test_error'])} of the test images")
+        say(f"{name}: wrong on {record['dev_error']:.1%} of the dev images, "
+            f"{record['test_error']:.1%} of the test images")
 
     def results(self):
+        """Return what results.json holds."""
         records = [saved["record"] for saved in self.finished.values()]
         return {"config": asdict(self.config), "generations": records}
 
@@ -2036,7 +2047,8 @@ class Progress:
                 self.images, self.seconds, self.curve = state["progress"]
                 self.reported = self.curve[-1][0]
         # Reading a loss makes the CPU wait for a GPU, so that is done once per hundredth.
-        self.every = max(1, min((self.steps - start) // 100, 100))
+        hundredth = (self.steps - start) // 100
+        self.every = max(1, min(hundredth, 100))
         self.sums = 0.0  # of L_lab and of L_unl, since the last report
         self.saved = self.clock = time.monotonic()
         return self.reported
@@ -2059,7 +2071,8 @@ class Progress:
         self.clock = now
 
         if self.run and (step // self.every % 10 == 0 or step == self.steps):
-            left = int(self.seconds / len(self.curve) * (self.steps - step) / self.every)
+            reports_left = (self.steps - step) / self.every
+            left = int(self.seconds / len(self.curve) * reports_left)
             say(f"{self.name:<12} step {step:>6}/{self.steps}  L_lab {loss_l:.3f}  L_unl "
                 f"{loss_u:.3f}  {self.images / self.seconds:>6.0f} img/s  "
                 f"{left // 60}:{left % 60:02} left")
@@ -2084,11 +2097,10 @@ def report(run):
     # The control is of the same size as the last student, and as little fine-tuned.
     errors = {r["name"]: r["test_error"] for r in records}
     last = f"student {len(run.config.models) - 1}"
-    line = (f"\n{last.capitalize()} is wrong on {percent(errors[last])} of the test images, the "
-            f"supervised control of the same size on {percent(errors['supervised'])}")
+    say(f"\n{last.capitalize()} is wrong on {errors[last]:.1%} of the test images, the supervised "
+        f"control of the same size on {errors['supervised']:.1%}.")
     if errors["supervised"]:
-        line += f": {errors[last] / errors['supervised']:.2f} times as many errors"
-    say(line + ".")
+        say(f"That is {errors[last] / errors['supervised']:.2f} times as many errors.")
     if run.folder and world_of()[0] == 0:
         print(f"Wrote {run.folder}/results.json")
         draw_run(run)
@@ -2101,15 +2113,16 @@ def results_table(records):
              "control's mistakes", "minutes"]]
     for r in records:
         counts = [f"{r[key]:,}" if r[key] else "-" for key in ("params", "kept", "balanced")]
-        errors = [percent(r[key]) for key in ("dev_error", "test_error", "control_mistakes_error")]
+        shares = (r["dev_error"], r["test_error"], r["control_mistakes_error"])
+        errors = [shown(share, "%") for share in shares]
         minutes = f"{r['seconds'] / 60:.1f}"
         rows.append([r["name"], r["model"], *counts, *errors, minutes])
     return aligned(rows)
 
 
-def percent(error):
-    """Return a share as text; a dash for None."""
-    return "-" if error is None else f"{error:.1%}"
+def shown(value, unit="f"):
+    """Return a number as text, with the unit "%" as percents; a dash for None."""
+    return "-" if value is None else f"{value:.1{unit}}"
 
 
 def aligned(rows):
@@ -2223,7 +2236,8 @@ def choose_device(config):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":  # under torchrun each process has a GPU of its own
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    names = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+    gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    names = ["cpu", *gpus]
     require(name in names, f"--device {name}: expected auto or one of {', '.join(names)}")
 
     # Images are of one size all along: the fastest convolutions are worth a search.
@@ -2261,7 +2275,8 @@ def synchronize(model):
 
 def precision(device, config):
     """Return bfloat16 autocast on a GPU; it does nothing with --no-amp, and on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda")
+    enabled = config.amp and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def load_data_in_turn(config):

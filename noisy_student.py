@@ -948,7 +948,7 @@ def train_variants(study, config):
         data = run.data
         changed = replace(run.config, **changes)
         if "unlabeled" in changes:
-            data = load_data_in_turn(changed).to(data.labels.device)
+            data = load_data(changed).to(data.labels.device)
         variant = replace(run, config=changed, data=data)
         name = row if changes else "student 1"  # which it shares with the main run
         train_generation(variant, name, changed.models[1], teacher, key="student 1")
@@ -1510,7 +1510,7 @@ def fetch(file, config):
     if not path.exists():
         url, size, sha256 = FILES[file]
         print(f"downloading {url}{file}, {size}", file=sys.stderr)
-        try:  # to a temporary file first, whose SHA-256 is compared
+        try:  # to a temporary file of this process, whose SHA-256 is compared
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url + file, path, sha256, progress=False)
         except (OSError, RuntimeError) as error:
@@ -1897,7 +1897,7 @@ def start_run(config, data=None):
                          test=len(data.test_labels))
     if config.out == "auto":
         config = replace(config, out=output_folder(config))
-    data = (data or load_data_in_turn(config)).to(device)
+    data = (data or load_data(config)).to(device)
     check_fits(config, data)
     for teacher, student in zip(config.models, config.models[1:]):
         if min(np.subtract(FAMILY[student][:2], FAMILY[teacher][:2])) < 0:  # width or depth
@@ -2277,17 +2277,6 @@ def precision(device, config):
     """Return bfloat16 autocast on a GPU; it does nothing with --no-amp, and on a CPU."""
     enabled = config.amp and device.type == "cuda"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def load_data_in_turn(config):
-    """Return load_data(config); of several processes the first one downloads, before the others."""
-    rank, world = world_of()
-    if rank > 0:
-        dist.barrier()
-    data = load_data(config)
-    if rank == 0 and world > 1:
-        dist.barrier()
-    return data
 
 
 # ---- Command line --------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from noisy_student import Config, Data, UserError, digest, load_data, make_digit
 from randaugment import OPS, RandAugment, apply_op, cutout, random_crop, random_flip
 
 # Networks that have learned nothing often miss a class.
-pytestmark = pytest.mark.filterwarnings("ignore:.*pass the filter, none of class")
+pytestmark = pytest.mark.filterwarnings("ignore:.*none of class")
 
 
 @pytest.fixture(autouse=True)

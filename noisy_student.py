@@ -301,6 +301,8 @@ def train(model, data, config, pseudo=None, *, steps=None, start=0, key="", prog
     no_pseudo = Pseudo(torch.arange(0), torch.zeros(0, data.num_classes), 0)
     pseudo = pseudo or no_pseudo
     check_network(model)
+
+    # A network from load_model goes on with the statistics that it brings along.
     statistics = statistics_of(model, data)
     data = replace(data, mean=statistics.mean, std=statistics.std)
 

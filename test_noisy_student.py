@@ -639,6 +639,8 @@ def test_values_become_plain_python_or_are_refused():
     config = Config(models=["nano", "tiny"], out=Path("a/b"))
     assert config.models == ("nano", "tiny")
     assert config.out == "a/b"
+    config = Config(labels="all", test="7", out="all", study="none")  # as on the command line
+    assert [config.labels, config.test, config.out, config.study] == [None, 7, "all", None]
     for name, value in dict(steps=2.5, joint="no", epochs=None, dataset=None).items():
         refused("--" + name, Config, **{name: value})
 
@@ -1453,6 +1455,7 @@ def test_results_are_strict_json_in_the_order_of_the_chain(whole):
     text = (whole / "results.json").read_text()
     results = json.loads(text, parse_constant=pytest.fail)  # of nan
     assert results["config"].keys() == FLAGS.keys()
+    assert results["config"]["labels"] == len(DATA.labels)
     names = [record["name"] for record in results["generations"]]
     assert names == ["supervised", "teacher", "student 1", "student 1 at 20 px"]
     keys = {"name", "model", "params", "images_seen", "seconds", "kept", "balanced", "dev_error",

@@ -1456,6 +1456,7 @@ def test_results_are_strict_json_in_the_order_of_the_chain(whole):
     results = json.loads(text, parse_constant=pytest.fail)  # of nan
     assert results["config"].keys() == FLAGS.keys()
     assert results["config"]["labels"] == len(DATA.labels)
+    assert {record["model"] for record in results["generations"]} == {"nano"}
     names = [record["name"] for record in results["generations"]]
     assert names == ["supervised", "teacher", "student 1", "student 1 at 20 px"]
     keys = {"name", "model", "params", "images_seen", "seconds", "kept", "balanced", "dev_error",
@@ -1496,6 +1497,11 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     for step in range(1, 10):
         progress.step(step, two, two if step < 7 else two / 0, 3)
     refused("step 10", progress.step, 10, two, two, 3)
+    progress = ns.Progress("x", 205)  # two steps at once, and one in the end
+    progress.resume({}, 0)
+    for step in range(1, 206):
+        progress.step(step, two * step, two, 3)
+    assert progress.curve[-2:] == [[204, 407.0, 2.0], [205, 410.0, 2.0]]
     refused("--learning-rate", run_in, tmp_path, learning_rate=1e30)
 
 

@@ -482,9 +482,9 @@ def parameter_groups(model, weight_decay):
     spared = {id(w) for norm in batch_norms(model) for w in norm.parameters()}
     trained = [w for w in model.parameters() if w.requires_grad]
     decayed = [w for w in trained if id(w) not in spared]
-    others = [w for w in trained if id(w) in spared]
+    undecayed = [w for w in trained if id(w) in spared]
     return [{"params": decayed, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0}]
+            {"params": undecayed, "weight_decay": 0.0}]
 
 
 class EMA:
@@ -1923,8 +1923,8 @@ def check_fits(config, data):
     size = config.fix_resolution
     require(size is None or size > max(height, width), f"--fix-resolution {size}: expected more "
             f"than the images' {height} x {width} pixels")
-    require(not config.cifar10_c or data.num_classes == 10, "--cifar10-c is for ten classes")
     if config.cifar10_c:
+        require(data.num_classes == 10, "--cifar10-c is for ten classes")
         load_cifar10_c(config.cifar10_c)
 
     # The pseudo labels have to fill a batch, and no confidence is below 1/K.

@@ -39,9 +39,7 @@ import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports ends quietly
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -54,7 +52,7 @@ from randaugment import RandAugment, cutout, random_crop, random_flip
 
 
 class UserError(ValueError):
-    """An error that the user can mend. One line: what was found, what was expected, what to do."""
+    """An error that the user can fix. One line: what was found, what was expected, what to do."""
 
 
 def require(condition, message):
@@ -78,7 +76,8 @@ class Config:
 
     Every field is a flag: --steps N, --balance / --no-balance, ... Numbers may be given as text,
     and `none` or `all` for None. UserError for a value of the wrong type or out of its range. The
-    command line starts from a preset; in Python that is Config(**PRESETS["demo"]["svhn"])."""
+    command line starts from a preset (only there does `preset` change anything); in Python that is
+    Config(dataset="svhn", **PRESETS["demo"]["svhn"])."""
 
     # What runs
     preset: str = option("demo", "demo: for a laptop; paper: the official run of a student on SVHN",
@@ -105,7 +104,8 @@ class Config:
     # Training
     batch: int = option(24, "labeled images per step, B [v4: 2048; code, SVHN: 128]", "[2, inf)")
     ratio: int = option(1, "unlabeled images per labeled one in a step, r [v4: 14, 28 for L2; "
-                        "v1: 3 for B1 to B7, 1 for B0; code, SVHN: 5]", "[1, inf)")
+                        "v1: 3 for B7 and larger; code: 3 for B1 to B7, 1 for B0; SVHN 5]",
+                        "[1, inf)")
     steps: int = option(1400, "steps of each network [code, SVHN: 109,474]", "[1, inf)")
     learning_rate: float = option(0.128, "peak, per 256 labeled images [v4: 0.016 (0.128 per "
                                   "2048); code, SVHN: 0.016]", "(0, inf)")
@@ -131,7 +131,7 @@ class Config:
     num_ops: int = option(2, "RandAugment operations per image, 0: none [v4: 2]", "[0, inf)")
     magnitude: float = option(5.0, "RandAugment magnitude [v4: 27; code: none for B0, B1, then "
                               "B2 6 ... B7 27; SVHN 5]", "[0, 1000]")
-    cutout: int = option(4, "half the side of a further Cutout [code, SVHN: 8]", "[0, 1000]")
+    cutout: int = option(4, "half the side of an additional Cutout [code, SVHN: 8]", "[0, 1000]")
     crop: int = option(2, "pixels to reflect-pad before a random crop [code, SVHN: 4]", "[0, 1000]")
     dropout: float | None = option(None, "drop rate before the last layer (none: the network's) "
                                    "[v4: 0.5]", "[0, 1)")
@@ -147,7 +147,7 @@ class Config:
     temperature: float = option(1.0, "a soft label is softmax(logits / T) [code, SVHN: 1]",
                                 "(0, inf)")
     threshold: float = option(0.3, "keep images of at least this confidence [v4: 0.3]", "[0, 1)")
-    below: float | None = option(None, "and of less than this confidence [v1]", "(0, 1]")
+    below: float | None = option(None, "keep only images below this confidence [v1]", "(0, 1]")
     balance: bool = option(True, "as many images of every class, by choice and duplication [v4]")
     per_class: int | None = option(None, "images per class (none: the mean number kept) "
                                    "[v4: 130K; code, SVHN: 53,113]", "[1, inf)")
@@ -168,6 +168,8 @@ class Config:
                 f"{', '.join(FAMILY)}")
         equal = len(set(self.models)) == 1
         require(equal or not self.warm_start, "--warm-start needs equal networks")
+        require(self.warmup_epochs <= self.epochs, f"--warmup-epochs {self.warmup_epochs}: "
+                f"expected at most --epochs {self.epochs}, which is all of the training")
 
 
 def flag(f):
@@ -207,12 +209,12 @@ def valid_value(f, value):
 
 # The official run of the student on SVHN [code]; the teacher's own recipe is published nowhere.
 # The online run neither filters nor balances; the offline one has threshold 0.3, balance and
-# per_class 53,113. decay_epochs solves 0.016 to 0.0002 (per 256 images) in 202.33 - 5 epochs; as
-# the staircase counts from step 0, the rate ends at 0.00018. The peak is 0.016 * 128/256 = 0.008,
-# the warm-up int(5 * 69257 / 128) = 2,705 steps. What is not here is as in Config (2 operations,
-# survival 0.8, smoothing 0.1, T = 1) or FAMILY (B0's dropout 0.2); SVHN_MEAN, SVHN_STD and "no
-# flip" are in DATASETS. The official scripts run in float32 (amp=False), on files that have passed
-# through JPEG at quality 100, which is left out.
+# per_class 53,113. decay_epochs makes the rate fall from 0.016 to 0.0002 (per 256 images) in the
+# 197.33 epochs after the warm-up; as the staircase counts from step 0, it ends at 0.00018. The peak
+# is 0.016 * 128/256 = 0.008, the warm-up int(5 * 69257 / 128) = 2,705 steps. What is not here is as
+# in Config (2 operations, survival 0.8, smoothing 0.1, T = 1) or FAMILY (B0's dropout 0.2);
+# SVHN_MEAN, SVHN_STD and "no flip" are in DATASETS. The official scripts run in float32
+# (amp=False), on files that have passed through JPEG at quality 100, which is left out.
 SVHN_RECIPE = dict(
     labels=None, dev=4000, test=None, unlabeled=None, extra=True,
     models=("b0", "b0"), batch=128, ratio=5, steps=109474,
@@ -250,7 +252,7 @@ def noisy_student(config, data=None):
         # Step 4: the student becomes the teacher.
         teacher = student
 
-    # What is now called the teacher is the last student.
+    # `teacher` is the last student now.
     if config.fix_resolution:
         fine_tune_generation(run, last, teacher)
     return report(run)
@@ -276,7 +278,7 @@ def train_generation(run, name, network, teacher=None, key=None):
         if config.warm_start:
             model.load_state_dict(teacher.state_dict())
 
-    # Steps 1 and 3: train with noise. The average is what labels, is measured and is saved.
+    # Steps 1 and 3: train with noise. From here on only the average of the weights is used.
     progress = Progress(name, config.steps, run)
     average = train(model, data, config, pseudo, key=key, progress=progress)
     run.finish(name, average, pseudo, progress)
@@ -290,7 +292,7 @@ def train(model, data, config, pseudo=None, *, steps=None, start=0, key="", prog
 
     model: any nn.Module from float (N,3,H,W), normalized, to logits (N,K); trained in place. Only
     unlabeled_model_noise=False asks more of it: forward(x, noised), with dropout and stochastic
-    depth on the first `noised` rows alone. Batch-norm is any of BATCH_NORMS.
+    depth on the first `noised` rows alone. Batch-norm must keep running statistics (the default).
     pseudo: Pseudo. steps: of the schedule, default config.steps. start: begin at this step of it.
     key: seeds noise and the unlabeled images' order. progress: a Progress.
     Returns the moving average of the weights, a network in evaluation mode (EMA.model).
@@ -300,10 +302,11 @@ def train(model, data, config, pseudo=None, *, steps=None, start=0, key="", prog
     device = next(model.parameters()).device
     no_pseudo = Pseudo(torch.arange(0), torch.zeros(0, data.num_classes), 0)
     pseudo = pseudo or no_pseudo
-    check_network(model)
+    require(any(w.requires_grad for w in model.parameters()), "all weights are frozen, as those of "
+            "load_model and of an average are: call requires_grad_(True)")
 
     # A network from load_model goes on with the statistics that it brings along.
-    statistics = statistics_of(model, data)
+    statistics = getattr(model, "statistics", data)
     data = replace(data, mean=statistics.mean, std=statistics.std)
 
     # On several GPUs for_training changes batch-norm in place, so the average is made after it.
@@ -345,7 +348,7 @@ def train(model, data, config, pseudo=None, *, steps=None, start=0, key="", prog
                                     data, config)
         ema.update(model)
 
-        # This only watches: it checks the loss, shows it, and saves every minute.
+        # Check the loss, show it, and save a checkpoint once a minute.
         progress.step(step + 1, loss_l, loss_u, len(rows_l) + len(rows_u))
 
     synchronize(ema.model)
@@ -462,19 +465,10 @@ class RMSpropTF(torch.optim.Optimizer):
             torch._foreach_sub_(weights, mom)
 
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
 def batch_norms(model):
     """Return the batch-norm modules of a network."""
-    return [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
-
-
-def check_network(model):
-    """Raise UserError for batch-norm without moving statistics: its output, and so an image's
-    pseudo label, would depend on the other images of a batch."""
-    for norm in batch_norms(model):
-        require(norm.track_running_stats, f"{norm}: expected track_running_stats=True")
+    batch_norm = nn.modules.batchnorm._BatchNorm  # the base class of 1d, 2d, 3d and SyncBatchNorm
+    return [module for module in model.modules() if isinstance(module, batch_norm)]
 
 
 def parameter_groups(model, weight_decay):
@@ -510,7 +504,7 @@ class EMA:
 def float_state(model):
     """Return all floating-point tensors of a network's state: weights and batch-norm statistics.
 
-    They share memory with the network. What is left out is batch-norm's count of batches."""
+    They share memory with the network. Batch-norm's count of batches, an integer, is left out."""
     return [value for value in model.state_dict().values() if value.is_floating_point()]
 
 
@@ -565,25 +559,19 @@ def batch_rows(n, batch, step, *key):
 
     With n = 5 and batch = 4, number 1 is the last row of pass 0 and the first three of pass 1. On
     several processes: only this one's share."""
-    if batch == 0:
-        return torch.arange(0)
+    rank, world = world_of()
     start = step * batch
     end = start + batch
-    first_pass = start // n
-    last_pass = (end - 1) // n
-    passes = range(first_pass, last_pass + 1)
-    orders = [pass_order(n, *key, p) for p in passes]
-    skipped = first_pass * n
-    rows = torch.cat(orders)[start - skipped:end - skipped]  # (batch,)
-    rank, world = world_of()
-    return rows[rank::world]
+    places = range(start + rank, end, world)  # in the endless sequence
+    rows = [pass_order(n, *key, place // n)[place % n] for place in places]
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 @functools.lru_cache(maxsize=4)
 def pass_order(n, *key):
-    """Return a permutation of n rows, always the same for the same key."""
+    """Return a permutation of n rows as a list, always the same for the same key."""
     generator = torch.Generator().manual_seed(seed_of("order", *key))
-    return torch.randperm(n, generator=generator)
+    return torch.randperm(n, generator=generator).tolist()
 
 
 def seed_of(*parts):
@@ -601,16 +589,11 @@ def take_rows(table, rows, device):
     return picked.to(device, non_blocking=True)
 
 
-class Statistics(typing.NamedTuple):
-    """What a network from load_model brings along as .statistics; a Data has the same two."""
-    mean: torch.Tensor  # float32 (3,), of pixels in 0-1
-    std: torch.Tensor   # float32 (3,)
-
-
 def normalize(images, statistics):
     """uint8 (N,3,H,W) -> float32, channels last, mean 0 and deviation 1 over the training images.
 
-    statistics: a Statistics or a Data."""
+    statistics: has the .mean and .std of pixels in 0-1, each (3,): a Data, or what a network from
+    load_model brings along as .statistics."""
     x = images.to(torch.float32, memory_format=torch.channels_last)
     mean = 255 * statistics.mean.view(1, 3, 1, 1).to(x.device)
     std = 255 * statistics.std.view(1, 3, 1, 1).to(x.device)
@@ -642,9 +625,10 @@ def pseudo_label(teacher, images, data, config, *, key="", batch=1000):
 
     teacher: any network that `train` takes; it is left as it was. data: for mean and deviation,
     unless the network brings its own (load_model). key: seeds the noise of a noisy teacher. batch:
-    how many 32x32 images at once; larger ones fewer. UserError unless images are uint8."""
-    require(images.dtype == torch.uint8, f"images are {images.dtype}: expected uint8, 0 to 255")
-    check_network(teacher)
+    how many 32x32 images at once; larger ones fewer. UserError for any other images."""
+    fits = torch.is_tensor(images) and images.dtype == torch.uint8 and images.ndim == 4
+    require(fits and images.shape[1] == 3, f"images are {type(images).__name__} {images.dtype} "
+            f"{tuple(images.shape)}: expected a tensor, uint8 (M,3,H,W)")
 
     # Un-noised: a copy in evaluation mode (no dropout, no stochastic depth, batch-norm by its
     # averages) looks at clean images. Only table 6 asks for a noisy teacher.
@@ -655,7 +639,7 @@ def pseudo_label(teacher, images, data, config, *, key="", batch=1000):
         for norm in batch_norms(model):
             norm.eval()  # ours: its statistics must not come from these batches
 
-    statistics = statistics_of(teacher, data)
+    statistics = getattr(teacher, "statistics", data)
     device = next(model.parameters()).device
     pixels = images.shape[2] * images.shape[3]
     batch = max(1, batch * 1024 // pixels)  # as many pixels as that many 32x32 images
@@ -671,11 +655,6 @@ def pseudo_label(teacher, images, data, config, *, key="", batch=1000):
     return torch.cat(probabilities)
 
 
-def statistics_of(model, data):
-    """Return the network's own Statistics, if it brings them along (load_model), or data."""
-    return getattr(model, "statistics", data)
-
-
 def predict(model, images, data, config):
     """Return the class that an un-noised network gives each of uint8 images (N,3,H,W): (N,)."""
     clean = replace(config, noisy_teacher=False)
@@ -684,7 +663,7 @@ def predict(model, images, data, config):
 
 def error_rate(model, images, labels, data, config):
     """Return the share of uint8 images (N,3,H,W) whose predicted class is not their label (N,)."""
-    wrong = predict(model, images, data, config) != labels.cpu()
+    wrong = predict(model, images, data, config) != torch.as_tensor(labels).cpu()
     return wrong.double().mean().item()
 
 
@@ -808,12 +787,14 @@ def fine_tune_resolution(model, data, config, size, *, epochs=1.5, progress=None
 
     1.5 epochs on labeled images without augmentation [v4], shallow layers frozen. The rate is the
     tail of the main schedule, without a warm-up [code: train_last_step_num]: about 0.012 of the
-    peak for the official schedule, 0.11 for the demo's. Dropout and stochastic depth stay on in the
+    peak for the official schedule, 0.11 for the demo's. With many labels and a short schedule,
+    1.5 epochs are cut to what comes after the warm-up. Dropout and stochastic depth stay on in the
     layers that learn. What is returned is the moving average."""
     tuned = AtResolution(copy.deepcopy(model).requires_grad_(True), size)
     clean = replace(config, num_ops=0, cutout=0, crop=0, unlabeled_model_noise=True)
     steps = max(1, round(epochs * len(data.labels) / config.batch))
-    start = max(0, config.steps - steps)
+    warmup_steps = int(config.warmup_epochs * config.steps / config.epochs)
+    start = min(max(warmup_steps, config.steps - steps), config.steps - 1)
     data = replace(data, flip=False)
     return train(tuned, data, clean, start=start, key="fix resolution", progress=progress)
 
@@ -844,7 +825,7 @@ def fine_tune_generation(run, name, model):
 class Study(typing.NamedTuple):
     """An experiment of the paper, as changes of Config."""
     source: str  # where the paper has it
-    variants: dict[str, dict] = {}  # row of the table -> changes; none: all generations of --models
+    variants: dict[str, dict] = {}  # row of the table -> changes; none: the whole chain
     base: dict = {}  # changes for all runs of the study, the teacher's too
     control: bool = False  # whether the student's network, supervised, is a row too
 
@@ -902,17 +883,18 @@ STUDIES = {
 
 
 def run_study(config):
-    """Train a study on config.seeds seeds; print its table and return it, also OUT/STUDY.json.
+    """Train a study on config.seeds seeds; print its table, write OUT/STUDY.json, return the table.
 
     Finished networks are not trained again, so more seeds can be added later, and studies with the
-    same --out share the networks that they have in common."""
+    same --out share the networks that they have in common. Some studies have networks of their own
+    instead of --models; of variants, only the error is measured."""
     require(config.study in STUDIES, f"--study {config.study}: expected list, {', '.join(STUDIES)}")
     require(config.out, "--study needs files, and --out none keeps none: give a folder")
     study = STUDIES[config.study]
     folder = Path(output_folder(config) if config.out == "auto" else config.out)
     prefix = f"{config.study}-" if study.base else ""  # other networks, so another folder
 
-    # Two rows are named otherwise than their generations.
+    # Two rows have other names than their generations.
     first = next(iter(study.variants), "student 1")
     rows = {"control of student 1": "supervised", "student 1": first}
     errors = {}  # row -> one test error per seed, in %
@@ -939,7 +921,7 @@ def run_study(config):
 def train_variants(study, config):
     """Train one seed: the teacher once, then one student per variant, all with the same key (so
     equal networks have the same initial weights); return the results."""
-    run = start_run(replace(config, robustness=False))
+    run = start_run(replace(config, robustness=False, fix_resolution=None, cifar10_c=None))
     for changes in study.variants.values():
         check_fits(replace(run.config, **changes), run.data)
     if study.control:
@@ -951,6 +933,8 @@ def train_variants(study, config):
         changed = replace(run.config, **changes)
         if "unlabeled" in changes:
             data = load_data(changed).to(data.labels.device)
+            require(torch.equal(data.labels, run.data.labels), f"--unlabeled {config.unlabeled} "
+                    "generates other digits than the study's fewer images: 8,920 are the most")
         variant = replace(run, config=changed, data=data)
         name = row if changes else "student 1"  # which it shares with the main run
         train_generation(variant, name, changed.models[1], teacher, key="student 1")
@@ -1004,13 +988,15 @@ def fraction_true(mask):
 def measure_robustness(model, data, config):
     """Return the report of robustness() on the test images."""
     model = fold_batchnorm(model)
+    statistics = getattr(model, "statistics", data)
 
     # Attacks are in gray levels, so normalization is a part of what they attack.
     def logits_of(x):  # (N,3,H,W) in 0-255 -> (N,K)
         with precision(x.device, config):
-            return model(normalize(x, statistics_of(model, data))).float()
+            return model(normalize(x, statistics)).float()
 
-    return robustness(logits_of, data.test_images, data.test_labels, config.cifar10_c)
+    report = robustness(logits_of, data.test_images, data.test_labels, config.cifar10_c)
+    return {"cifar10_c": config.cifar10_c, **report}
 
 
 # ---- Robustness -------------------------------------------------------------------- [v4: C and P]
@@ -1257,10 +1243,8 @@ def robustness(logits_of, images, labels, cifar10_c=None):
     # Attacks.
     fgsm_errors = {}  # epsilon -> error
     for epsilon in (2, 4, 8, 16):
-        attacked = fgsm(logits_of, images.float(), labels, epsilon)
-        fgsm_errors[str(epsilon)] = error_of(logits_of, attacked, labels)
-    attacked = pgd(logits_of, images.float(), labels, epsilon=1)
-    pgd_error = error_of(logits_of, attacked, labels)
+        fgsm_errors[str(epsilon)] = attacked_error(fgsm, logits_of, images, labels, epsilon)
+    pgd_error = attacked_error(pgd, logits_of, images, labels, epsilon=1)
     clean_error = error_of(logits_of, images, labels)
     return {"clean_error": clean_error, "corruption_errors": errors, "flip_rates": rates,
             "fgsm": fgsm_errors, "pgd": {"steps": 10, "epsilon": 1, "error": pgd_error}}
@@ -1279,6 +1263,16 @@ def error_of(logits_of, images, labels):
     return fraction_true(classes != labels.to(classes.device))
 
 
+def attacked_error(attack, logits_of, images, labels, epsilon):
+    """Return the error of uint8 images (N,C,H,W) that fgsm or pgd attacks, as many pixels at once
+    as ROBUSTNESS_IMAGES small images have: gradients take memory."""
+    pixels = images.shape[2] * images.shape[3]
+    batch = max(1, ROBUSTNESS_IMAGES * 1024 // pixels)
+    attacked = [attack(logits_of, x.float(), y, epsilon)
+                for x, y in zip(images.split(batch), labels.split(batch))]
+    return error_of(logits_of, torch.cat(attacked), labels)
+
+
 def robustness_table(reports):
     """Return reports, {name: robustness() with mCE and mFR}, as text."""
     rows = [["error in %", "clean", "FGSM 2", "FGSM 4", "FGSM 8", "FGSM 16", "PGD", "mCE", "mFR"]]
@@ -1294,7 +1288,7 @@ def robustness_table(reports):
 def load_cifar10_c(folder):
     """Return {name: uint8 (5,N,3,32,32), by severity} and labels (N,) of CIFAR-10-C.
 
-    A file has n images at severity 1, the same at 2, ...; N is ROBUSTNESS_IMAGES of the n."""
+    A file has n images at severity 1, then the same n at 2, ...; N is ROBUSTNESS_IMAGES of n."""
     files = {}
     try:
         path = Path(folder, "labels.npy")
@@ -1359,19 +1353,17 @@ class Data:
                 f"{num_classes} classes, {found[0]} to {found[-1]}: expected two or more, from 0 "
                 "without a gap")
 
-        # The first images in a fixed order are for dev, but each class must keep one: `most` is the
-        # place in this order of the last image of the class that runs out first.
+        # The first images in a fixed order are for dev, but each class must keep one.
         rows = fixed_order(len(images))
         if isinstance(dev, (tuple, list)):
             dev_images, dev_labels = as_arrays(*dev)
         else:
             num_dev = round(float(dev) * len(rows)) if dev < 1 else int(dev)
-            _, from_end = np.unique(classes[rows[::-1]], return_index=True)
-            most = len(rows) - 1 - from_end.max()
-            require(0 < num_dev <= most, f"dev is {num_dev} of {len(rows)} training images: "
-                    f"expected 1 to {most}, so that every class keeps one, or images of its own")
             dev_images, dev_labels = select(rows[:num_dev], images, classes)
             rows = rows[num_dev:]
+            fits = num_dev > 0 and np.array_equal(np.unique(classes[rows]), found)
+            require(fits, f"dev is {num_dev} of {len(images)} training images: expected 1 or more, and "
+                    "so few that an image of every class is left")
         unknown = np.setdiff1d(np.concatenate([dev_labels, test_labels]), found)
         require(len(unknown) == 0, f"classes of dev or test without training images: {unknown}")
 
@@ -1414,7 +1406,7 @@ def as_arrays(images, labels=None):
     """Return images as uint8 (N,3,H,W) and labels as int64 (N,), or raise UserError."""
     images = np.asarray(images)
     found = f"images are {images.dtype} {images.shape}"
-    if min(images.strides, default=0) < 0:  # mirrored, as BGR turned to RGB: torch has no such view
+    if min(images.strides, default=0) < 0:  # mirrored, e.g. from BGR to RGB: torch has no such view
         images = images.copy()
     if images.ndim == 4 and images.shape[1] != 3:
         images = images.transpose(0, 3, 1, 2)
@@ -1436,8 +1428,8 @@ def fixed_order(n):
 
 
 def select(rows, *arrays):
-    """Return these rows of each array, in rising order, or the array itself if they are all: it may
-    be a file larger than memory."""
+    """Return these rows of each array, in rising order, or, uncopied, the array itself if all rows
+    are wanted: it may be a file larger than memory."""
     rows = np.sort(rows)
     return [array if len(rows) == len(array) else array[rows] for array in arrays]
 
@@ -1547,7 +1539,7 @@ MAT_TYPES = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4",
 
 def read_mat(path):
     """Return {name: array} of a MATLAB 5 file of numbers, as SVHN's are. An array has the type that
-    its values are stored in: whole doubles, say, as bytes. Raise UserError for any other file."""
+    its values are stored in, e.g. bytes for whole doubles. Raise UserError for any other file."""
     arrays = {}
     try:
         data = np.memmap(path, np.uint8, "c")  # changes stay in memory
@@ -1623,7 +1615,7 @@ def read_folder(part, config):
 
 def read_digits(part, config):
     """Generate digits of three fixed seeds: config.seed only chooses the labeled ones."""
-    pool = config.unlabeled or 8000  # None: as in the demo, for there is no end to them
+    pool = config.unlabeled or 8000  # None: as in the demo, since any number can be generated
     if part == "train":  # 10,000 at least, so that dev stays as it is when fewer are used
         count = pool + (config.dev or 1000) + (config.labels or 0)
         return make_digits(max(10_000, count), 0)
@@ -1780,9 +1772,9 @@ DATASETS = {
 }
 FOLDER = DataSet(read_folder)  # any other name is a folder
 
-# The presets are changes of Config's defaults. `demo` is ours, chosen on dev: the schedule for the
-# control, networks and T for a student; CIFAR-100's by analogy. `paper` is the official SVHN run;
-# for CIFAR the same with the demo's number of labels and no extra images.
+# The presets are changes of Config's defaults. `demo` is ours: the schedule was chosen on dev for
+# the control, networks and T for a student; CIFAR-100 has those of CIFAR-10. `paper` is the
+# official SVHN run; for CIFAR the same with the demo's number of labels and no extra images.
 ALL = dict(test=None, unlabeled=None)
 SVHN = ALL | dict(labels=1000, dev=4000, models=("nano", "micro", "tiny"), batch=32, ratio=1,
                   steps=3000, warmup_epochs=250, temperature=0.5)
@@ -1804,7 +1796,7 @@ PRESETS = {
 #     config.json      the configuration and a digest of the data: a folder belongs to one run
 #     NAME.pt          of every finished generation: the averaged network and its record
 #     checkpoint.pt    of the generation in training, a minute old at most
-#     results.json     for people: the configuration and all records; never read back
+#     results.json     (or STUDY.json) for people: configuration and records; never read back
 
 @dataclass
 class Run:
@@ -1813,7 +1805,7 @@ class Run:
     data: Data
     folder: Path | None  # None: no files
     finished: dict = field(default_factory=dict)  # name -> what its file holds, in order
-    lock: typing.IO | None = None  # open for as long as the folder is ours
+    lock: typing.IO | None = None  # closing it would release the lock
 
     def path(self, name):
         """Return the file of a generation: OUT/student_1.pt of "student 1"."""
@@ -1843,7 +1835,7 @@ class Run:
             kept=pseudo and pseudo.kept, balanced=pseudo and len(pseudo.rows), **measured,
             control_mistakes_error=None, robustness=None)
 
-        # All that it takes to use the network, and to go on from here.
+        # Everything needed to use the network, and to go on from here.
         saved = dict(
             network=network.name, num_classes=self.data.num_classes, mean=self.data.mean.cpu(),
             std=self.data.std.cpu(), small_images=is_small(self.data.test_images),
@@ -1861,8 +1853,10 @@ class Run:
             mistakes = self.finished["supervised"]["wrong"]
             record["control_mistakes_error"] = fraction_true(saved["wrong"][mistakes])
 
-        # Robustness, relative to the control.
-        missing = self.config.robustness and not record["robustness"]
+        # Robustness, relative to the control. It may be measured later, or with other files.
+        before = record["robustness"] or {}
+        files = before.get("cifar10_c")
+        missing = self.config.robustness and not (before and files == self.config.cifar10_c)
         if missing:
             record["robustness"] = measure_robustness(model, self.data, self.config)
         if record["robustness"] and "supervised" in self.finished:
@@ -1924,7 +1918,8 @@ def check_fits(config, data):
     require(size is None or size > max(height, width), f"--fix-resolution {size}: expected more "
             f"than the images' {height} x {width} pixels")
     if config.cifar10_c:
-        require(data.num_classes == 10, "--cifar10-c is for ten classes")
+        fits = data.num_classes == 10 and (height, width) == (32, 32)
+        require(fits, "--cifar10-c is for CIFAR-10: ten classes of 32 x 32 images")
         load_cifar10_c(config.cifar10_c)
 
     # The pseudo labels have to fill a batch, and no confidence is below 1/K.
@@ -1939,8 +1934,9 @@ def check_fits(config, data):
             f"than {least:.3g}, as no image that --threshold keeps has less")
 
 
-# Where things are and what is measured; not what is trained.
-MAY_DIFFER = ("out", "data_dir", "device", "study", "seeds", "robustness")
+# Flags that say where files are or what is measured, and do not change what is trained.
+MAY_DIFFER = ("out", "data_dir", "device", "study", "seeds", "robustness", "cifar10_c",
+              "fix_resolution")
 
 
 def identity(config):
@@ -1966,17 +1962,18 @@ def open_folder(run):
     except BlockingIOError:
         raise UserError(f"another process writes to {run.folder}: wait for it, or choose another "
                         "--out") from None
-    for leftover in run.folder.glob("*.tmp"):  # of a killed process
-        leftover.unlink()
-
     ours = {"data": digest(run.data), **identity(run.config)}
     path = run.folder / "config.json"
     if not path.exists():
+        require(not list(run.folder.glob("*.pt")), f"{run.folder} has .pt files, but no "
+                "config.json that says of which run: choose another --out")
         write_file(path, ours)
     saved = read_file(path)
     for name, value in ours.items():
         require(saved.get(name) == value, f"{run.folder} holds a run with {name} = "
                 f"{saved.get(name)}, not {value}: restore that, or choose another --out")
+    for leftover in run.folder.glob("*.*.[0-9]*.tmp"):  # write_file's, of a killed process
+        leftover.unlink()
 
 
 def write_file(path, content):
@@ -2016,7 +2013,7 @@ def load_model(path):
     if saved["size"]:
         model = AtResolution(model, saved["size"])
     model.load_state_dict(saved["weights"])
-    model.statistics = Statistics(saved["mean"], saved["std"])
+    model.statistics = SimpleNamespace(mean=saved["mean"], std=saved["std"])
     return model.eval().requires_grad_(False)
 
 
@@ -2026,7 +2023,7 @@ SAVE_SECONDS = 60.0  # between checkpoints
 class Progress:
     """Watch one training: check the loss, show a line, keep the curve, save a checkpoint.
 
-    name: of the generation; steps: of its schedule; run: a Run, or None: check the loss only."""
+    name: the generation's. steps: the schedule's. run: a Run, or None: check the loss only."""
 
     def __init__(self, name, steps, run=None):
         self.name = name
@@ -2181,11 +2178,12 @@ def draw_run(run):
     panels["A"].invert_yaxis()
     panels["B"].set_title("training loss by step\n(dotted: of unlabeled images)")
 
-    # What the teacher knows is asked on dev images: unlabeled ones have no label to compare with.
+    # Measure the teacher on dev images: unlabeled ones have no label to compare with.
     labels = run.data.dev_labels.cpu()
     teacher = load_model(run.path("teacher"))
     images = run.data.dev_images.cpu()  # (D,3,H,W)
-    probabilities = pseudo_label(teacher, images, run.data, run.config)  # (D,K)
+    unnoised = replace(run.config, noisy_teacher=False)
+    probabilities = pseudo_label(teacher, images, run.data, unnoised)  # (D,K)
     confidence, guess = probabilities.max(1)  # (D,), (D,)
     right = guess == labels  # (D,)
     draw_calibration(panels["C"], confidence, right, run.config.threshold)
@@ -2286,8 +2284,8 @@ def precision(device, config):
 
 DESCRIPTION = """Noisy Student Training: a supervised control, a teacher, and students that each
 learn from the one before. In brackets the source: [v4] the final paper, [v1], [v2] earlier
-versions, [code] the official code. `none` and `all` leave a value open. The same command goes on
-where it was interrupted."""
+versions, [code] the official code. The defaults are those of digits; config.json of a run has what
+it uses. `none` and `all` leave a value open. The same command goes on where it was interrupted."""
 
 
 def parse_args(argv=None):
@@ -2318,18 +2316,13 @@ def raise_usage_error(message):
     raise UserError(f"{message}; --help lists all flags")
 
 
-def show_warning(message, *_, **__):
-    """Print a warning in one line, without the place in the code."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
 NO_MEMORY = "out of memory|allocate memory|not enough memory"  # in PyTorch's words
 
 
 def main(argv=None):
     """Run the command line; return 0 when done, 2 after a user's error, 130 after Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    warnings.showwarning = show_warning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # in one line
     warnings.simplefilter("always", UserWarning)  # a class may vanish in every generation
     status = 2
     try:
@@ -2360,7 +2353,7 @@ def main(argv=None):
             raise
     except KeyboardInterrupt:
         status = 130
-        message = "stopped; the same command goes on from here"
+        message = "stopped; the same command goes on from the last checkpoint, if --out has one"
     finally:
         if world_of()[1] > 1:
             dist.destroy_process_group()
@@ -2369,5 +2362,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # some terminals cannot show ±
     sys.exit(main())

@@ -1025,9 +1025,9 @@ def test_networks_and_images_that_do_not_fit_are_refused():
     refused("uint8", ns.pseudo_label, network, torch.rand(2, 3, 8, 8), DATA, config)
     network.linear = nn.Linear(12, 4)
     refused("output", ns.train, network, DATA, config)
-    network.norm1 = nn.BatchNorm2d(12, track_running_stats=False)
-    refused("track_running_stats", ns.train, network, DATA, config)
-    refused("track_running_stats", labeled_by, network)
+    refused("uint8", ns.pseudo_label, network, DATA.test_images.numpy(), DATA, config)
+    refused("uint8", ns.pseudo_label, network, DATA.test_images.mT[:, 0], DATA, config)
+    refused("frozen", ns.train, network.requires_grad_(False), DATA, config)
 
 
 # ---- Pseudo labels ----
@@ -1049,7 +1049,8 @@ def labeled_by(teacher, key="", batch=1000, **changes):
 
 def test_the_teacher_labels_without_noise_and_comes_back_as_it_was():
     loaded = used(SmallNet(dropout=0.5))
-    own = ns.Statistics(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6]))
+    own = SimpleNamespace(mean=torch.tensor([0.1, 0.2, 0.3]),
+                          std=torch.tensor([0.4, 0.5, 0.6]))
     loaded.statistics = own  # these win over the data's
     noisy = used(nano(dropout=0.5, survival=0.3))
     for teacher, statistics in ((loaded, own), (noisy, DATA)):
@@ -1181,13 +1182,13 @@ def test_less_than_a_batch_is_refused_and_an_empty_class_warned_of():
 # ---- Fix-resolution fine-tune ----
 
 @functools.cache
-def fine_tuned():
+def fine_tuned(warmup=36.0):
     """Return a network, its state before, the fine-tuned one, what the stem saw, and the steps."""
     model = used(nano(dropout=0.2, survival=0.8)).eval().requires_grad_(False)
     before = state_of(model)
     inputs = []
     hook = model.stem.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
-    config = small_config(batch=5, steps=40, epochs=40.0, warmup_epochs=37.0, decay_epochs=3.0,
+    config = small_config(batch=5, steps=40, epochs=40.0, warmup_epochs=warmup, decay_epochs=3.0,
                           ema=0.5, unlabeled_model_noise=False)  # which concerns no labeled image
     with pytest.MonkeyPatch.context() as patch:
         steps = spy_on_steps(patch)
@@ -1200,7 +1201,7 @@ def test_a_network_goes_on_with_the_statistics_that_it_brings_along(monkeypatch)
     inputs = []
     model = SmallNet(dropout=0.0)
     model.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
-    model.statistics = ns.Statistics(DATA.mean / 2, DATA.std / 3)
+    model.statistics = SimpleNamespace(mean=DATA.mean / 2, std=DATA.std / 3)
     steps = spy_on_steps(monkeypatch)
     ns.train(model, DATA, small_config(steps=1, num_ops=0, cutout=0, crop=0))
     images = DATA.labeled_images[steps[0].labeled]
@@ -1209,13 +1210,15 @@ def test_a_network_goes_on_with_the_statistics_that_it_brings_along(monkeypatch)
 
 def test_the_fine_tune_sees_larger_labeled_images_at_the_last_rates_of_the_schedule():
     *_, inputs, steps = fine_tuned()
-    falls = [36 / 37, 0.97**12, 0.97**12, 0.97**13]  # steps 36 to 39, of which 36 warms up
+    falls = [0.97**12, 0.97**12, 0.97**12, 0.97**13]  # steps 36 to 39: 1.5 epochs
     for step, x, fall in zip(steps, inputs, falls, strict=True):
         images = normalized(DATA.labeled_images[step.labeled])  # without noise
         larger = F.interpolate(images, (24, 24), mode="bicubic")
         assert torch.allclose(x, larger, atol=1e-5)
         assert step.rate == pytest.approx(0.128 * 5 / 256 * fall)
         assert step.unlabeled == []
+    *_, steps = fine_tuned(warmup=38.0)  # two of these steps would warm up
+    assert [step.rate for step in steps] == pytest.approx([0.128 * 5 / 256 * f for f in falls[2:]])
 
 
 def test_the_fine_tune_leaves_the_shallow_half_with_its_batch_norm_and_moves_the_rest():
@@ -1303,7 +1306,8 @@ def quietly(function, *args):
 
 
 def run_config(folder, **changes):
-    return small_config(**dict(steps=STEPS, fix_resolution=20, out=folder) | changes)
+    return small_config(**dict(steps=STEPS, warmup_epochs=50, fix_resolution=20, out=folder)
+                        | changes)
 
 
 def run_in(folder, data=None, **changes):
@@ -1433,12 +1437,31 @@ def test_a_folder_belongs_to_one_configuration_and_one_set_of_data(copied):
     refused("data", run_in, copied, small_data(flip=True))
     path = copied / "config.json"
     saved = json.loads(path.read_text())
-    may_differ = {"out", "data_dir", "device", "study", "seeds", "robustness"}
+    may_differ = {"out", "data_dir", "device", "study", "seeds", "robustness", "cifar10_c",
+                  "fix_resolution"}
     assert saved.keys() == FLAGS.keys() - may_differ | {"data"}
     for name in saved:
         path.write_text(json.dumps({**saved, name: "another"}))
         refused(name, run_in, copied)
+    path.unlink()
+    refused("config.json", run_in, copied)
     assert contents(copied) == before
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    other = tmp_path / "notes.tmp"
+    mine = tmp_path / "teacher.pt.123.tmp"  # of a killed process
+    other.touch()
+    mine.touch()
+    run_in(tmp_path)
+    assert other.exists() and not mine.exists()
+
+
+def test_a_larger_size_may_be_asked_for_later(copied):
+    before = contents(copied)
+    names = [record["name"] for record in run_in(copied, fix_resolution=24)["generations"]]
+    assert names[-2:] == ["student 1", "student 1 at 24 px"]
+    assert before.items() <= contents(copied).items()
 
 
 def test_a_damaged_file_is_named(copied):
@@ -1649,6 +1672,7 @@ ERRORS = """
     --study=: --study                    --study bogus: bogus           --out=: --out
     --models nano: --models              --models nano b99: b99         --batch 1: --batch
     --unlabeled 6: --unlabeled           --ratio 40: --ratio            --per-class 1: --per-class
+    --warmup-epochs 351: --warmup-epochs
     --below 0.33: --below                --threshold .7 --below .6: --below
     --crop 8: --crop                     --fix-resolution 8: --fix-resolution
     --device bogus: bogus                --device cuda:99: cuda:99      --labels 49: 49
@@ -2041,6 +2065,16 @@ def test_cifar10_c_is_read_by_severity(tmp_path, monkeypatch):
     report = ns.robustness(Reader(), gray(), torch.zeros(16).long(), tmp_path)
     assert report["corruption_errors"] == dict.fromkeys(fifteen, [0, 0, 0, 0.5, 0.5])
 
+    # A finished run can be measured again with these files.
+    monkeypatch.setattr(ns, "PERTURBATIONS", dict(brightness=[0, 0.1]))
+    arrays = random_bytes(20, 32, 32, 3), np.arange(20) % 10
+    data = Data.from_arrays(*arrays, *arrays, dev=arrays, labels=10)
+    config = small_config(steps=1, robustness=True, out=tmp_path / "out")
+    for folder, names in ((None, set(ns.CORRUPTIONS)), (tmp_path, fifteen)):
+        results = quietly(ns.noisy_student, replace(config, cifar10_c=folder), data)
+        for record in results["generations"]:
+            assert record["robustness"]["corruption_errors"].keys() == names
+
     np.save(tmp_path / "frost.npy", pixels[1:])
     refused("frost", ns.load_cifar10_c, tmp_path)
     (tmp_path / "fog.npy").unlink()
@@ -2318,7 +2352,7 @@ def test_dev_may_take_all_but_the_last_image_of_a_class():
     most = min(place[-1] for place in places).item()
     few = dict(labels=3, unlabeled_images=SOME_IMAGES)
     assert len(own(dev=most, **few).dev_labels) == most
-    refused(str(most), own, dev=most + 1, **few)
+    refused(str(most + 1), own, dev=most + 1, **few)
 
 
 def test_data_sets_that_do_not_fit_are_refused(tmp_path):

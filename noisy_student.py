@@ -562,8 +562,10 @@ def batch_rows(n, batch, step, *key):
     rank, world = world_of()
     start = step * batch
     end = start + batch
-    places = range(start + rank, end, world)  # in the endless sequence
-    rows = [pass_order(n, *key, place // n)[place % n] for place in places]
+    rows = []
+    for place in range(start + rank, end, world):  # in the endless sequence of passes
+        order = pass_order(n, *key, place // n)
+        rows.append(order[place % n])
     return torch.tensor(rows, dtype=torch.int64)
 
 
@@ -627,8 +629,7 @@ def pseudo_label(teacher, images, data, config, *, key="", batch=1000):
     unless the network brings its own (load_model). key: seeds the noise of a noisy teacher. batch:
     how many 32x32 images at once; larger ones fewer. UserError for any other images."""
     fits = torch.is_tensor(images) and images.dtype == torch.uint8 and images.ndim == 4
-    require(fits and images.shape[1] == 3, f"images are {type(images).__name__} {images.dtype} "
-            f"{tuple(images.shape)}: expected a tensor, uint8 (M,3,H,W)")
+    require(fits and images.shape[1] == 3, "images: expected a uint8 tensor (M,3,H,W)")
 
     # Un-noised: a copy in evaluation mode (no dropout, no stochastic depth, batch-norm by its
     # averages) looks at clean images. Only table 6 asks for a noisy teacher.
@@ -1362,8 +1363,8 @@ class Data:
             dev_images, dev_labels = select(rows[:num_dev], images, classes)
             rows = rows[num_dev:]
             fits = num_dev > 0 and np.array_equal(np.unique(classes[rows]), found)
-            require(fits, f"dev is {num_dev} of {len(images)} training images: expected 1 or more, and "
-                    "so few that an image of every class is left")
+            require(fits, f"dev is {num_dev} of {len(images)} training images: expected 1 or more, "
+                    "and so few that an image of every class is left")
         unknown = np.setdiff1d(np.concatenate([dev_labels, test_labels]), found)
         require(len(unknown) == 0, f"classes of dev or test without training images: {unknown}")
 
@@ -1854,9 +1855,9 @@ class Run:
             record["control_mistakes_error"] = fraction_true(saved["wrong"][mistakes])
 
         # Robustness, relative to the control. It may be measured later, or with other files.
-        before = record["robustness"] or {}
-        files = before.get("cifar10_c")
-        missing = self.config.robustness and not (before and files == self.config.cifar10_c)
+        before = record["robustness"]
+        up_to_date = before and before.get("cifar10_c") == self.config.cifar10_c
+        missing = self.config.robustness and not up_to_date
         if missing:
             record["robustness"] = measure_robustness(model, self.data, self.config)
         if record["robustness"] and "supervised" in self.finished:

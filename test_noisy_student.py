@@ -1985,6 +1985,23 @@ def test_attacks_in_closed_form():
     assert not x.requires_grad
 
 
+def test_attacks_on_large_images_go_batch_by_batch(monkeypatch):
+    images = noise_images(6, 40, 64)
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    sizes = []
+
+    def corner(x):
+        sizes.append(len(x))
+        return linear(x[..., :8, :8].double())
+
+    errors = []
+    for count in (256, 5):  # 5 x 1024 pixels are two of these images
+        monkeypatch.setattr(ns, "ROBUSTNESS_IMAGES", count)
+        errors.append(ns.attacked_error(ns.fgsm, corner, images, labels, 2))
+    assert sizes == [6, 6, 2, 2, 2, 6]
+    assert errors[0] == errors[1] > 0
+
+
 class Reader(nn.Module):
     """The first red pixel says the class."""
 

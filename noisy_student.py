@@ -2010,6 +2010,7 @@ def load_model(path):
     """Return the network that a run saved as OUT/NAME.pt, ready to label: in evaluation mode, with
     the size, the strides and (as .statistics) the mean and deviation of its training."""
     saved = read_file(Path(path))
+    require("network" in saved, f"{path} is of an unfinished training: give OUT/NAME.pt")
     model = EfficientNet(saved["network"], saved["num_classes"], small_images=saved["small_images"])
     if saved["size"]:
         model = AtResolution(model, saved["size"])

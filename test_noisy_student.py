@@ -1472,6 +1472,8 @@ def test_a_damaged_file_is_named(copied):
         path.write_bytes(content)
         refused("teacher.pt", run_in, copied)
     refused("absent", ns.load_model, copied / "absent.pt")
+    torch.save({"name": "teacher"}, copied / "checkpoint.pt")
+    refused("unfinished", ns.load_model, copied / "checkpoint.pt")
 
 
 def test_results_are_strict_json_in_the_order_of_the_chain(whole):

@@ -302,8 +302,9 @@ def train(model, data, config, pseudo=None, *, steps=None, start=0, key="", prog
     device = next(model.parameters()).device
     no_pseudo = Pseudo(torch.arange(0), torch.zeros(0, data.num_classes), 0)
     pseudo = pseudo or no_pseudo
-    require(any(w.requires_grad for w in model.parameters()), "all weights are frozen, as those of "
-            "load_model and of an average are: call requires_grad_(True)")
+    trainable = any(w.requires_grad for w in model.parameters())
+    require(trainable, "all weights are frozen, as those of load_model and of an average are: call "
+            "requires_grad_(True)")
 
     # A network from load_model goes on with the statistics that it brings along.
     statistics = getattr(model, "statistics", data)
@@ -1269,8 +1270,9 @@ def attacked_error(attack, logits_of, images, labels, epsilon):
     as ROBUSTNESS_IMAGES small images have: gradients take memory."""
     pixels = images.shape[2] * images.shape[3]
     batch = max(1, ROBUSTNESS_IMAGES * 1024 // pixels)
-    attacked = [attack(logits_of, x.float(), y, epsilon)
-                for x, y in zip(images.split(batch), labels.split(batch))]
+    attacked = []
+    for x, y in zip(images.split(batch), labels.split(batch)):
+        attacked.append(attack(logits_of, x.float(), y, epsilon))
     return error_of(logits_of, torch.cat(attacked), labels)
 
 
@@ -1362,7 +1364,8 @@ class Data:
             num_dev = round(float(dev) * len(rows)) if dev < 1 else int(dev)
             dev_images, dev_labels = select(rows[:num_dev], images, classes)
             rows = rows[num_dev:]
-            fits = num_dev > 0 and np.array_equal(np.unique(classes[rows]), found)
+            left = np.unique(classes[rows])
+            fits = num_dev > 0 and np.array_equal(left, found)
             require(fits, f"dev is {num_dev} of {len(images)} training images: expected 1 or more, "
                     "and so few that an image of every class is left")
         unknown = np.setdiff1d(np.concatenate([dev_labels, test_labels]), found)
@@ -1966,8 +1969,9 @@ def open_folder(run):
     ours = {"data": digest(run.data), **identity(run.config)}
     path = run.folder / "config.json"
     if not path.exists():
-        require(not list(run.folder.glob("*.pt")), f"{run.folder} has .pt files, but no "
-                "config.json that says of which run: choose another --out")
+        networks = list(run.folder.glob("*.pt"))
+        require(not networks, f"{run.folder} has .pt files, but no config.json that says of which "
+                "run: choose another --out")
         write_file(path, ours)
     saved = read_file(path)
     for name, value in ours.items():
@@ -2318,13 +2322,18 @@ def raise_usage_error(message):
     raise UserError(f"{message}; --help lists all flags")
 
 
+def warning_line(message, *_, **__):
+    """Return a warning as one line, without the place in the code."""
+    return f"warning: {message}\n"
+
+
 NO_MEMORY = "out of memory|allocate memory|not enough memory"  # in PyTorch's words
 
 
 def main(argv=None):
     """Run the command line; return 0 when done, 2 after a user's error, 130 after Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # in one line
+    warnings.formatwarning = warning_line
     warnings.simplefilter("always", UserWarning)  # a class may vanish in every generation
     status = 2
     try:

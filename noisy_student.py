@@ -212,9 +212,9 @@ def valid_value(f, value):
 # per_class 53,113. decay_epochs makes the rate fall from 0.016 to 0.0002 (per 256 images) in the
 # 197.33 epochs after the warm-up; as the staircase counts from step 0, it ends at 0.00018. The peak
 # is 0.016 * 128/256 = 0.008, the warm-up int(5 * 69257 / 128) = 2,705 steps. What is not here is as
-# in Config (2 operations, survival 0.8, smoothing 0.1, T = 1) or FAMILY (B0's dropout 0.2);
-# SVHN_MEAN, SVHN_STD and "no flip" are in DATASETS. The official scripts run in float32
-# (amp=False), on files that have passed through JPEG at quality 100, which is left out.
+# in Config (2 operations, survival 0.8, smoothing 0.1, T = 1), FAMILY (B0's dropout 0.2) or
+# DATASETS (mean, deviation, no flip). The official scripts run in float32 (amp=False), on files
+# that have passed through JPEG at quality 100, which is left out.
 SVHN_RECIPE = dict(
     labels=None, dev=4000, test=None, unlabeled=None, extra=True,
     models=("b0", "b0"), batch=128, ratio=5, steps=109474,
@@ -296,7 +296,7 @@ def train(model, data, config, pseudo=None, *, steps=None, start=0, key="", prog
     pseudo: Pseudo. steps: of the schedule, default config.steps. start: begin at this step of it.
     key: seeds noise and the unlabeled images' order. progress: a Progress.
     Returns the moving average of the weights, a network in evaluation mode (EMA.model).
-    UserError when the loss is not finite."""
+    UserError when the loss is not finite, or when all weights are frozen."""
     steps = steps or config.steps
     progress = progress or Progress("training", steps)
     device = next(model.parameters()).device
@@ -935,8 +935,9 @@ def train_variants(study, config):
         changed = replace(run.config, **changes)
         if "unlabeled" in changes:
             data = load_data(changed).to(data.labels.device)
-            require(torch.equal(data.labels, run.data.labels), f"--unlabeled {config.unlabeled} "
-                    "generates other digits than the study's fewer images: 8,920 are the most")
+            same = torch.equal(data.labels, run.data.labels)
+            require(same, f"--unlabeled {config.unlabeled}: fewer digits come in another order than "
+                    "so many; lower it")
         variant = replace(run, config=changed, data=data)
         name = row if changes else "student 1"  # which it shares with the main run
         train_generation(variant, name, changed.models[1], teacher, key="student 1")

@@ -936,8 +936,8 @@ def train_variants(study, config):
         if "unlabeled" in changes:
             data = load_data(changed).to(data.labels.device)
             same = torch.equal(data.labels, run.data.labels)
-            require(same, f"--unlabeled {config.unlabeled}: fewer digits come in another order than "
-                    "so many; lower it")
+            require(same, f"--unlabeled {config.unlabeled}: fewer digits come in another order; "
+                    "lower it")
         variant = replace(run, config=changed, data=data)
         name = row if changes else "student 1"  # which it shares with the main run
         train_generation(variant, name, changed.models[1], teacher, key="student 1")
